@@ -1,0 +1,48 @@
+"""The whole configuration of a run. Sections live in one file each; defaults only on the fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_matpo.config.agents import AgentConfig, ToolsConfig
+from megatron_matpo.config.rollout import DataConfig, RewardConfig, RolloutConfig
+from megatron_matpo.config.run import CheckpointConfig, ClusterConfig, ObsConfig, RunConfig
+from megatron_matpo.config.train import (
+    AlgoConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    SftConfig,
+    TrainConfig,
+    WeightSyncConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resolved run: what `runs/NAME/config.yaml` holds and every process reads."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    precision: str = "auto"
+    """`auto | fp32 | bf16`; auto is fp32 on CPU and bf16 on GPU."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    agents: dict[str, AgentConfig] = field(default_factory=dict)
+    """Agents by name; `rollout.planner` names the one that answers the question."""
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    obs: ObsConfig = field(default_factory=ObsConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+
+    @property
+    def run_dir(self) -> str:
+        """Folder of the run: `RUN.DIR/RUN.NAME`."""
+        return f"{self.run.dir}/{self.run.name}"

@@ -1,0 +1,65 @@
+"""Sections `run`, `cluster`, `checkpoint` and `obs`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Identity and length of the run."""
+
+    name: str = "default"
+    """Folder name under `run.dir`; the same name resumes."""
+    dir: str = "runs"
+    seed: int = 1
+    """Seeds data order, sampling and initialisation."""
+    steps: int = 100
+    """Training steps (one rollout batch each)."""
+    stop_grace_s: float = 10.0
+    """How long a role may take to stop on SIGTERM before it is killed."""
+    start_timeout_s: float = 300.0
+    """How long all roles together may take to become ready."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The machines. One node without GPUs is a laptop or CI."""
+
+    num_nodes: int = 1
+    gpus_per_node: int = 0
+    """0 means the CPU platform (gloo, fp32, small models)."""
+    host: str = "127.0.0.1"
+    """Address that this node's servers bind to: loopback, or the cluster's own interface."""
+    base_port: int = 0
+    """First of the run's consecutive ports; 0 picks free ports."""
+
+    @property
+    def device(self) -> str:
+        """`cuda` or `cpu`."""
+        return "cuda" if self.gpus_per_node > 0 else "cpu"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and how much to keep."""
+
+    every: int = 20
+    """Steps between checkpoints; 0 saves only at the end."""
+    keep_last: int = 2
+    """Older checkpoints are deleted after a newer one is complete."""
+    export_hf: bool = True
+    """Write `checkpoints/hf` (Hugging Face format) when the run ends."""
+
+
+@dataclass(frozen=True)
+class ObsConfig:
+    """What is recorded."""
+
+    record_rollouts: bool = True
+    """Write `rollouts/step_N.jsonl` (for people) and `rollouts/step_N.rollout` (for replay)."""
+    report_every: int = 10
+    """Steps between rewrites of `report.html`; it is also written when the run ends."""
+    wandb_mode: str = "auto"
+    """`auto | online | offline | disabled`; auto is online with WANDB_API_KEY, else offline."""
+    wandb_project: str = "megatron_matpo"

@@ -1,0 +1,377 @@
+"""Cross-section checks: allowed values, ranges, agents, layout, model folder, programs.
+
+`check_values` looks at the configuration alone; `validate` adds what depends on the command and on
+this machine's files. Nothing here starts a process or imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from megatron_matpo.config.agents import AgentConfig, McpServerConfig
+from megatron_matpo.config.root import Config
+from megatron_matpo.errors import ConfigError
+
+Command = Literal["train", "sft"]
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "precision": ("auto", "fp32", "bf16"),
+    "reward.grader": ("exact_match", "f1", "numeric"),
+    "weight_sync.transport": ("broadcast", "none"),
+    "algo.old_logprobs": ("trainer", "engine"),
+    "obs.wandb_mode": ("auto", "online", "offline", "disabled"),
+}
+_ROLES = ("planner", "worker")
+_SUMMARIES = ("always", "on_overflow", "never")
+
+# Dotted path -> smallest allowed value.
+_AT_LEAST: dict[str, float] = {
+    "run.steps": 1,
+    "run.seed": 0,
+    "run.stop_grace_s": 0,
+    "cluster.num_nodes": 1,
+    "cluster.gpus_per_node": 0,
+    "parallel.tensor": 1,
+    "parallel.pipeline": 1,
+    "parallel.context": 1,
+    "parallel.expert": 1,
+    "parallel.data": 1,
+    "data.eval_every": 0,
+    "data.eval_prompts": 1,
+    "data.prompts_per_step": 1,
+    "data.samples_per_prompt": 1,
+    "rollout.num_servers": 1,
+    "rollout.tensor": 1,
+    "rollout.max_staleness": 0,
+    "rollout.context_length": 1,
+    "rollout.max_total_tokens": 0,
+    "rollout.max_running_requests": 1,
+    "rollout.max_concurrent_episodes": 1,
+    "rollout.max_episode_retries": 0,
+    "tools.result_max_chars": 1,
+    "reward.accuracy_weight": 0,
+    "reward.format_weight": 0,
+    "algo.updates_per_step": 1,
+    "algo.clip_low": 0,
+    "algo.clip_high": 0,
+    "algo.dual_clip": 0,
+    "optim.lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_grad": 0,
+    "train.micro_batch_tokens": 1,
+    "train.logprob_chunk_tokens": 1,
+    "weight_sync.bucket_mb": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep_last": 1,
+    "obs.report_every": 0,
+    "sft.steps": 1,
+    "sft.batch_size": 1,
+}
+# Dotted paths of values that must be greater than 0.
+_POSITIVE = (
+    "run.start_timeout_s",
+    "rollout.temperature",
+    "rollout.request_timeout_s",
+    "rollout.episode_timeout_s",
+    "rollout.step_timeout_s",
+    "optim.eps",
+    "train.timeout_s",
+    "weight_sync.timeout_s",
+)
+# Dotted path -> (low, high); both allowed unless the low one is None (then 0 is excluded).
+_BETWEEN: dict[str, tuple[float | None, float]] = {
+    "rollout.top_p": (None, 1.0),
+    "rollout.mem_fraction": (None, 1.0),
+    "rollout.max_failed_frac": (0.0, 1.0),
+    "optim.beta1": (0.0, 1.0),
+    "optim.beta2": (0.0, 1.0),
+    "cluster.base_port": (0, 65535),
+}
+_SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def check_values(config: Config) -> list[str]:
+    """Violations that the configuration alone shows, whatever command will read it."""
+    problems = [
+        *_check_choices(config),
+        *_check_ranges(config),
+        *_check_run(config),
+        *_check_parallel(config),
+    ]
+    for name, agent in config.agents.items():
+        problems += _check_agent(name, agent)
+    for name, server in config.tools.servers.items():
+        problems += _check_server(name, server)
+    return problems
+
+
+def validate(config: Config, *, command: Command) -> None:
+    """Check everything that can be known before anything starts (datasets: `launch.preflight`).
+
+    Raises:
+        ConfigError: with one line for every violation: dotted path, value, what is allowed.
+    """
+    problems = collect_violations(config, command=command)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+
+
+def collect_violations(config: Config, *, command: Command) -> list[str]:
+    """What `validate` would raise, as a list."""
+    problems = [*check_values(config), *_check_model(config, command)]
+    if command == "train":
+        problems += _check_train(config)
+        if not config.rollout.replay:
+            problems += [*_check_planner(config), *_check_rollout(config)]
+            problems += _check_programs(config)
+    return problems
+
+
+def collect_warnings(config: Config, *, command: Command) -> list[str]:
+    """Settings that are allowed but probably not meant."""
+    warnings = []
+    if command == "train" and config.data.samples_per_prompt < 2:
+        warnings.append(
+            f"data.samples_per_prompt={config.data.samples_per_prompt}: a group of one episode has "
+            "no baseline, every advantage is 0 and nothing is learnt; use 2 or more"
+        )
+    if command == "train" and config.algo.advantage_scale == 0:
+        warnings.append("algo.advantage_scale=0: control experiment, nothing is learnt")
+    if command == "train" and config.weight_sync.transport == "none":
+        warnings.append("weight_sync.transport=none: control experiment, engines stay at version 0")
+    return warnings
+
+
+def _value(config: Config, path: str) -> object:
+    """The value at a dotted path of fixed sections."""
+    value: object = config
+    for name in path.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _check_choices(config: Config) -> Iterator[str]:
+    for path, allowed in _CHOICES.items():
+        value = _value(config, path)
+        if path == "precision" and value == "fp8":
+            yield "precision=fp8: not supported yet; use auto, fp32 or bf16"
+        elif value not in allowed:
+            yield f"{path}={value}: expected one of {', '.join(allowed)}"
+
+
+def _check_ranges(config: Config) -> Iterator[str]:
+    for path, low in _AT_LEAST.items():
+        value = _value(config, path)
+        assert isinstance(value, int | float)
+        if value < low:
+            yield f"{path}={value}: must be at least {low:g}"
+    for path in _POSITIVE:
+        value = _value(config, path)
+        assert isinstance(value, int | float)
+        if value <= 0:
+            yield f"{path}={value}: must be greater than 0"
+    for path, (lower, high) in _BETWEEN.items():
+        value = _value(config, path)
+        assert isinstance(value, int | float)
+        if value > high or (value <= 0 if lower is None else value < lower):
+            bound = "greater than 0" if lower is None else f"at least {lower:g}"
+            yield f"{path}={value}: must be {bound} and at most {high:g}"
+
+
+def _check_run(config: Config) -> Iterator[str]:
+    if not _RUN_NAME.fullmatch(config.run.name):
+        yield (
+            f"run.name={config.run.name}: a folder name of letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    if config.rollout.top_k != -1 and config.rollout.top_k < 1:
+        yield f"rollout.top_k={config.rollout.top_k}: -1 (off) or at least 1"
+    if config.rollout.max_staleness > 0:
+        yield (
+            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
+            "step's tokens come from the newest weights) is supported"
+        )
+    if config.cluster.num_nodes > 1:
+        yield f"cluster.num_nodes={config.cluster.num_nodes}: only 1 node is supported"
+
+
+def _check_parallel(config: Config) -> Iterator[str]:
+    parallel, cluster = config.parallel, config.cluster
+    for name in ("context", "expert"):
+        size = getattr(parallel, name)
+        if size > 1 and cluster.device == "cpu":
+            yield (
+                f"parallel.{name}={size}: must be 1 on CPU (cluster.gpus_per_node=0); it needs "
+                "Transformer Engine on GPUs"
+            )
+    if cluster.device == "cpu" and config.precision == "bf16":
+        yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
+
+
+def _check_agent(name: str, agent: AgentConfig) -> Iterator[str]:
+    path = f"agents.{name}"
+    if agent.role not in _ROLES:
+        yield f"{path}.role={agent.role}: expected one of {', '.join(_ROLES)}"
+    if agent.final_summary not in _SUMMARIES:
+        yield f"{path}.final_summary={agent.final_summary}: expected one of {', '.join(_SUMMARIES)}"
+    least = {"max_turns": 1, "max_tokens_per_turn": 1, "max_invalid_calls": 0}
+    for field, low in {**least, "summary_reserve_tokens": 0}.items():
+        if getattr(agent, field) < low:
+            yield f"{path}.{field}={getattr(agent, field)}: must be at least {low}"
+    if agent.role == "worker" and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", agent.tool_name):
+        yield f"{path}.tool_name={agent.tool_name}: expected a tool name (letters, digits, '_')"
+
+
+def _check_server(name: str, server: McpServerConfig) -> Iterator[str]:
+    path = f"tools.servers.{name}"
+    if not server.command:
+        yield f"{path}.command=: expected the program that serves MCP over stdio, such as python"
+    for field in ("num_processes", "max_concurrency"):
+        if getattr(server, field) < 1:
+            yield f"{path}.{field}={getattr(server, field)}: must be at least 1"
+    for field in ("start_timeout_s", "call_timeout_s"):
+        if getattr(server, field) <= 0:
+            yield f"{path}.{field}={getattr(server, field)}: must be greater than 0"
+    for variable in server.env:
+        # The value is left out on purpose: it may be the secret itself.
+        if _SECRET_NAME.search(variable):
+            yield (
+                f"{path}.env.{variable}: looks like a secret, and the configuration is written to "
+                f"disk; export {variable} and name it in {path}.env_from"
+            )
+
+
+def _check_planner(config: Config) -> Iterator[str]:
+    """The planner, and that every agent's tools exist."""
+    planners = [name for name, agent in config.agents.items() if agent.role == "planner"]
+    workers = [name for name, agent in config.agents.items() if agent.role == "worker"]
+    chosen = config.agents.get(config.rollout.planner)
+    if chosen is None:
+        known = ", ".join(planners) or "none is defined"
+        yield f"rollout.planner={config.rollout.planner}: no such agent; planner agents: {known}"
+    elif chosen.role != "planner":
+        yield (
+            f"rollout.planner={config.rollout.planner}: its role is {chosen.role}; set "
+            f"agents.{config.rollout.planner}.role=planner or name one of: {', '.join(planners)}"
+        )
+    for name in workers:
+        if name in config.tools.servers:
+            yield f"agents.{name}: a tool server has the same name; rename one of them"
+    for name, agent in config.agents.items():
+        allowed = [*config.tools.servers, *(workers if agent.role == "planner" else [])]
+        for tool in agent.tools:
+            if tool in allowed:
+                continue
+            why = "no such tool server or worker agent"
+            if tool in config.agents:
+                why = "only a planner may call agents, and only workers can be called"
+            yield f"agents.{name}.tools={tool}: {why}; known: {', '.join(allowed) or 'none'}"
+        called = [config.agents[tool].tool_name for tool in agent.tools if tool in workers]
+        if len(set(called)) < len(called):
+            yield f"agents.{name}.tools: its workers share a tool_name; give each its own"
+
+
+def _check_rollout(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    for name, agent in config.agents.items():
+        if agent.max_tokens_per_turn >= rollout.context_length:
+            yield (
+                f"agents.{name}.max_tokens_per_turn={agent.max_tokens_per_turn}: must be less than "
+                f"rollout.context_length={rollout.context_length}"
+            )
+        if agent.final_summary != "never" and (
+            agent.summary_reserve_tokens >= rollout.context_length
+        ):
+            yield (
+                f"agents.{name}.summary_reserve_tokens={agent.summary_reserve_tokens}: must be "
+                f"less than rollout.context_length={rollout.context_length}"
+            )
+    if 0 < rollout.max_total_tokens < rollout.context_length:
+        yield (
+            f"rollout.max_total_tokens={rollout.max_total_tokens}: must be 0 or at least "
+            f"rollout.context_length={rollout.context_length}, or the longest trajectory never fits"
+        )
+
+
+def _check_train(config: Config) -> Iterator[str]:
+    data, algo, cluster = config.data, config.algo, config.cluster
+    episodes = data.prompts_per_step * data.samples_per_prompt
+    if algo.updates_per_step > episodes:
+        yield (
+            f"algo.updates_per_step={algo.updates_per_step}: must be at most "
+            f"data.prompts_per_step * data.samples_per_prompt = {episodes}"
+        )
+    if config.model.random_init:
+        yield "model.random_init=true: only for `matpo sft`; train starts from the folder's weights"
+    if config.reward.accuracy_weight + config.reward.format_weight <= 0:
+        yield "reward.accuracy_weight=0: accuracy_weight + format_weight must be greater than 0"
+    if config.rollout.replay and not Path(config.rollout.replay).is_dir():
+        yield f"rollout.replay={config.rollout.replay}: no such folder"
+    if cluster.device == "cuda":
+        engines = config.rollout.num_servers * config.rollout.tensor
+        engines = 0 if config.rollout.replay else engines
+        needed = config.parallel.world_size + engines
+        if needed > cluster.gpus_per_node:
+            yield (
+                f"cluster.gpus_per_node={cluster.gpus_per_node}: the run needs {needed}: "
+                f"{config.parallel.world_size} trainer ranks (parallel.*) and {engines} for engines "
+                "(rollout.num_servers * rollout.tensor)"
+            )
+
+
+def _check_model(config: Config, command: Command) -> Iterator[str]:
+    """The model folder, and that the layout divides the model."""
+    path = config.model.path
+    if not path:
+        yield "model.path=: expected the folder of a Hugging Face model"
+        return
+    folder = Path(path)
+    if not folder.is_dir():
+        yield f"model.path={path}: no such folder"
+        return
+    needs_weights = not (command == "sft" and config.model.random_init)
+    missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).is_file()]
+    if needs_weights and not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        yield f"model.path={path}: the folder lacks {', '.join(missing)}"
+    if "config.json" not in missing:
+        yield from _check_layout(config)
+
+
+def _check_layout(config: Config) -> Iterator[str]:
+    from megatron_matpo.config.hf_model import HfModelConfig, check_layout
+
+    try:
+        hf = HfModelConfig.load(config.model.path)
+    except ConfigError as error:
+        yield str(error)
+        return
+    yield from check_layout(hf, config.parallel)
+
+
+def _check_programs(config: Config) -> Iterator[str]:
+    """Programs and environment variables that the run starts with."""
+    python = config.rollout.python
+    if not Path(python).is_file() or not os.access(python, os.X_OK):
+        yield (
+            f"rollout.python={python}: no such program; `make setup` builds the rollout "
+            "environment, or name the Python of an environment that has SGLang"
+        )
+    used = {tool for agent in config.agents.values() for tool in agent.tools}
+    for name, server in config.tools.servers.items():
+        if name not in used:
+            continue
+        path = f"tools.servers.{name}"
+        if server.command not in ("", "python") and shutil.which(server.command) is None:
+            yield f"{path}.command={server.command}: no such program on PATH"
+        for variable in server.env_from:
+            if not os.environ.get(variable):
+                yield f"{path}.env_from={variable}: the environment variable is not set"

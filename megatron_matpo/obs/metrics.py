@@ -1,0 +1,280 @@
+"""The registry of metric names, and `metrics.jsonl`: one JSON object per training step.
+
+A name that is not in `METRICS` cannot be written, so `docs/metrics.md`, which is generated from the
+registry, never lacks one. Values arrive reduced over ranks; `reduction` says how that was done.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from megatron_matpo.obs.files import write_atomic
+
+FILE_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class MetricSpec:
+    """What one name, or every name that fits a pattern with `*`, means."""
+
+    name: str
+    unit: str
+    reduction: str
+    """How one number per step comes about, over tokens, trajectories, updates and ranks."""
+    description: str
+    required: bool = False
+    """Every complete line has it."""
+
+
+def _required(name: str, unit: str, reduction: str, description: str) -> MetricSpec:
+    return MetricSpec(name, unit, reduction, description, required=True)
+
+
+_TOKENS = "mean over trained tokens, all ranks"
+_EPISODES = "mean over scored episodes"
+
+METRICS: tuple[MetricSpec, ...] = (
+    _required("step", "", "same on all ranks", "Training step, from 1; also the x axis in W&B."),
+    _required(
+        "policy_version", "", "same on all ranks", "Weight pushes so far, after this step's push."
+    ),
+    _required("reward/total", "", _EPISODES, "Reward that the advantage is computed from."),
+    _required("reward/accuracy", "[0, 1]", _EPISODES, "Unweighted verdict of the grader."),
+    _required(
+        "reward/format",
+        "[0, 1]",
+        _EPISODES,
+        "Unweighted share of well-formed tool calls, workers' share included.",
+    ),
+    MetricSpec("reward/*", "", _EPISODES, "Other statistics of the reward (std, min, max, ...)."),
+    _required(
+        "advantage/zero_groups",
+        "[0, 1]",
+        "share of the step's groups",
+        "Groups in which every episode got the same reward: they teach nothing.",
+    ),
+    MetricSpec("advantage/*", "", "over the step's episodes", "Other statistics of advantages."),
+    _required(
+        "mismatch/abs_logprob",
+        "nat",
+        _TOKENS,
+        "Absolute difference of the engine's and the trainer's log-probs of the same tokens "
+        "under the same weights; first thing to look at when learning stalls.",
+    ),
+    _required(
+        "mismatch/max",
+        "nat",
+        "maximum over trained tokens, all ranks",
+        "Largest of these differences.",
+    ),
+    _required(
+        "mismatch/k3",
+        "nat",
+        _TOKENS,
+        "KL(engine, trainer) by the k3 estimator: ratio - 1 - log(ratio).",
+    ),
+    MetricSpec("mismatch/*", "", _TOKENS, "Other measures of the engine-trainer difference."),
+    _required("loss/policy", "", "mean over the step's updates", "Policy loss that was minimised."),
+    MetricSpec("loss/*", "", "mean over the step's updates", "Other terms of the loss."),
+    _required("policy/entropy", "nat", _TOKENS, "Entropy of the trainer's token distribution."),
+    _required("policy/clip_frac", "[0, 1]", _TOKENS, "Tokens whose ratio the clip holds back."),
+    _required("policy/ratio", "", _TOKENS, "Importance ratio of new and old policy."),
+    MetricSpec("policy/*", "", _TOKENS, "Other statistics of the policy (KL terms, weights, ...)."),
+    _required(
+        "optim/grad_norm",
+        "",
+        "mean over the step's updates",
+        "Global gradient norm before clipping.",
+    ),
+    _required("optim/lr", "", "value of the last update", "Learning rate."),
+    _required("optim/updates", "count", "sum", "Optimizer updates in this step."),
+    MetricSpec("optim/*", "", "last update", "Other numbers of the optimizer."),
+    _required(
+        "tokens/trained",
+        "tokens",
+        "sum over ranks, each token once",
+        "Sampled tokens that carried loss.",
+    ),
+    _required("tokens/sampled", "tokens", "sum", "Tokens that the engines sampled for this step."),
+    MetricSpec("tokens/*", "tokens", "sum", "Other token counts (context, padding, ...)."),
+    _required("time/rollout_s", "s", "wall clock", "Waiting for the step's episodes."),
+    _required("time/score_s", "s", "wall clock", "Old and reference log-probs."),
+    _required("time/train_s", "s", "wall clock", "Forward, backward and optimizer."),
+    _required("time/sync_s", "s", "wall clock", "Pushing the weights to the engines."),
+    _required("time/step_s", "s", "wall clock", "The whole step."),
+    MetricSpec("time/*", "s", "wall clock", "Other phases (checkpoint, eval, ...)."),
+    MetricSpec("memory/*", "GiB", "maximum over ranks", "Device memory."),
+    MetricSpec(
+        "staleness/*",
+        "versions",
+        "over sampled tokens",
+        "Age of the sampled tokens when they were trained.",
+    ),
+    MetricSpec(
+        "rollout/workers_per_episode",
+        "count",
+        "mean over episodes",
+        "Worker trajectories per planner.",
+    ),
+    MetricSpec(
+        "rollout/turns", "turns", "mean over planner trajectories", "Generations of a planner."
+    ),
+    MetricSpec(
+        "rollout/failed_frac",
+        "[0, 1]",
+        "share of the step's episodes",
+        "Episodes left out because of infrastructure.",
+    ),
+    MetricSpec("rollout/retries", "count", "sum", "Fresh attempts of failed episodes."),
+    MetricSpec(
+        "rollout/status/*",
+        "[0, 1]",
+        "share of the step's trajectories",
+        "How trajectories ended; one name per status.",
+    ),
+    MetricSpec("rollout/*", "", "as the manager states", "Other numbers of the rollout."),
+    MetricSpec("tools/calls", "count", "sum", "Calls that reached a tool server."),
+    MetricSpec("tools/errors", "count", "sum", "Replies that the server marked as errors."),
+    MetricSpec("tools/failures", "count", "sum", "Calls that failed for infrastructure reasons."),
+    MetricSpec("tools/restarts", "count", "sum", "Tool server processes that were started again."),
+    MetricSpec("tools/*", "", "as the manager states", "Other numbers of the tools."),
+    MetricSpec(
+        "eval/*",
+        "",
+        "mean over the evaluation's episodes",
+        "The same quantities, on `data.eval`; only in steps with an evaluation.",
+    ),
+)
+
+REQUIRED: frozenset[str] = frozenset(spec.name for spec in METRICS if spec.required)
+_EXACT = {spec.name: spec for spec in METRICS if "*" not in spec.name}
+_PATTERNS = tuple(spec for spec in METRICS if "*" in spec.name)
+
+
+def spec_of(name: str) -> MetricSpec:
+    """The registry entry for `name`; an exact name wins over a pattern.
+
+    Raises:
+        ValueError: the name is not registered.
+    """
+    exact = _EXACT.get(name)
+    if exact is not None:
+        return exact
+    for spec in _PATTERNS:
+        if fnmatchcase(name, spec.name):
+            return spec
+    raise ValueError(
+        f"unknown metric {name!r}: add it to METRICS in megatron_matpo/obs/metrics.py, "
+        "with unit and reduction"
+    )
+
+
+def check(values: Mapping[str, float], *, partial: bool = False) -> None:
+    """Check the values of one line; a `partial` one may lack required names.
+
+    Raises:
+        ValueError: unknown name, not a number, or a required name is missing.
+    """
+    for name, value in values.items():
+        spec_of(name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"metric {name!r} must be a number, got {type(value).__name__}")
+    missing = sorted(REQUIRED - values.keys() - {"step"})
+    if missing and not partial:
+        raise ValueError(f"metrics of a step lack {', '.join(missing)}")
+
+
+class MetricsWriter:
+    """Appends to `RUN/metrics.jsonl`; one writer per run."""
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Open the file; a last line that a crash cut short is removed."""
+        self.path = Path(run_dir) / FILE_NAME
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            self._rewrite(_read_lines(self.path))
+
+    def write(self, step: int, values: Mapping[str, float], *, partial: bool = False) -> None:
+        """Append one line with `step` and `values`; on return it is on disk.
+
+        A NaN or infinite value is written as null: JSON has no such numbers. `partial` is for lines
+        that are not a training step (an evaluation before the first one).
+
+        Raises:
+            ValueError: unknown name, not a number, or a required name is missing.
+        """
+        check(values, partial=partial)
+        line = {"step": step} | {
+            name: value if math.isfinite(value) else None
+            for name, value in values.items()
+            if name != "step"
+        }
+        data = (json.dumps(line, allow_nan=False) + "\n").encode()
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(descriptor, data)  # one call: lines of two writers cannot mix
+            if written != len(data):
+                raise OSError(
+                    f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full?"
+                )
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def truncate_after(self, step: int) -> None:
+        """Drop lines with a larger step (a resumed run writes them again)."""
+        if self.path.exists():
+            lines = _read_lines(self.path)
+            kept = [line for line in lines if line["step"] <= step]
+            if len(kept) < len(lines):
+                self._rewrite(kept)
+
+    def _rewrite(self, lines: Iterable[Mapping[str, object]]) -> None:
+        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float | None]]:
+    """All complete lines of a run, in order; empty if there are none."""
+    path = Path(run_dir) / FILE_NAME
+    return _read_lines(path) if path.exists() else []
+
+
+def _read_lines(path: Path) -> list[dict[str, float | None]]:
+    lines: list[dict[str, float | None]] = []
+    for raw in path.read_bytes().split(b"\n"):
+        try:
+            value = json.loads(raw) if raw.strip() else None
+        except ValueError:
+            continue  # cut short by a crash
+        if isinstance(value, dict) and "step" in value:
+            lines.append(value)
+    return lines
+
+
+def render_docs() -> str:
+    """The text of `docs/metrics.md`; a test holds the file to it."""
+    head = (
+        "# Metrics\n\n"
+        "Generated from `megatron_matpo/obs/metrics.py` by\n"
+        "`python -m megatron_matpo.obs.metrics > docs/metrics.md`; do not edit.\n\n"
+        "Each training step appends one JSON object to `RUN/metrics.jsonl`; the same names go to\n"
+        "W&B. Names in bold are in every line. A `*` stands for any further name. A NaN or\n"
+        "infinite value is written as `null`.\n\n"
+        "| name | unit | reduction | meaning |\n|---|---|---|---|\n"
+    )
+    rows = (
+        f"| {'**`' if spec.required else '`'}{spec.name}{'`**' if spec.required else '`'} "
+        f"| {spec.unit} | {spec.reduction} | {spec.description} |\n"
+        for spec in METRICS
+    )
+    return head + "".join(rows)
+
+
+if __name__ == "__main__":
+    print(render_docs(), end="")

@@ -1,0 +1,1 @@
+"""The training process: wiring, the loop on one screen, and supervised training."""

@@ -1,0 +1,86 @@
+"""Wiring: the one place that chooses which object does what, from the configuration."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from megatron_matpo.config import Config
+from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.config.plan import Plan
+from megatron_matpo.megatron.actor import MegatronActor
+from megatron_matpo.megatron.parallel import ParallelState, init_parallel
+from megatron_matpo.rollout.engine_client import EngineClient
+from megatron_matpo.trainer.clock import Clock
+from megatron_matpo.trainer.learner import PolicyLearner
+from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
+from megatron_matpo.trainer.run import Run, RunLog, WeightSync
+from megatron_matpo.weight_sync.broadcast import BroadcastSync, NoEngines, PushOnce
+
+SHARE_SLACK_S = 60.0
+"""Ranks that wait for rank 0's batch wait this much longer than rank 0 waits for the manager."""
+
+
+def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
+    """Form the process groups, build the model, and connect the parts. All ranks call."""
+    state, actor = build_actor(config, clock)
+    plan = Plan.from_json((run_dir / "plan.json").read_text())
+    return Run(
+        config=config,
+        run_dir=run_dir,
+        actor=actor,
+        learner=PolicyLearner(config, actor, state),
+        rollouts=_build_rollouts(config, plan, state),
+        sync=_build_sync(config, plan, actor, state),
+        clock=clock,
+        log=RunLog(config, run_dir) if state.is_logging_rank else None,
+    )
+
+
+def build_actor(config: Config, clock: Clock) -> tuple[ParallelState, MegatronActor]:
+    """Form the process groups and build the model with its optimizer. All ranks call."""
+    clock.enter("init")
+    state = init_parallel(config)
+    clock.enter("build model")
+    return state, MegatronActor(config, HfModelConfig.load(config.model.path), state)
+
+
+def _build_rollouts(config: Config, plan: Plan, state: ParallelState) -> Rollouts:
+    if config.rollout.replay:
+        return ReplayRollouts(config.rollout.replay)
+    # A group of its own: ranks wait here for a whole rollout, far longer than any collective of
+    # the training step may take. gloo, because the bytes are on the host.
+    waiting_s = config.rollout.step_timeout_s + SHARE_SLACK_S
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s))
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    return ManagerRollouts(
+        config.rollout,
+        plan.manager_url,
+        os.environ["MATPO_RUN_TOKEN"],
+        partial(share_bytes, group=group, device=torch.device("cpu")),
+        is_first_rank=state.rank == 0,
+    )
+
+
+def _build_sync(
+    config: Config, plan: Plan, actor: MegatronActor, state: ParallelState
+) -> WeightSync:
+    if config.rollout.replay:
+        return NoEngines()
+    key = os.environ["MATPO_ENGINE_KEY"]
+    engines = [EngineClient(place.url, key) for place in plan.engines] if state.rank == 0 else []
+    sync = BroadcastSync(
+        config.weight_sync,
+        actor.export,
+        engines,
+        ranks_per_engine=config.rollout.tensor,
+        host=plan.trainer_host,
+        port=plan.weight_sync_port,
+        backend="nccl" if config.cluster.device == "cuda" else "gloo",
+    )
+    return PushOnce(sync) if config.weight_sync.transport == "none" else sync

@@ -1,0 +1,52 @@
+"""The training loop, on one screen.
+
+    collect -> learn -> push weights -> log -> checkpoint? -> evaluate?
+
+| phase   | produces                     | waits for                  | released by               |
+|---------|------------------------------|----------------------------|---------------------------|
+| collect | episodes of policy v         | engines serving v          | manager, or the recording |
+| learn   | policy v + 1                 | the step's episodes        | the optimizer             |
+| sync    | engines serving v + 1        | policy v + 1               | every engine's answer     |
+"""
+
+from __future__ import annotations
+
+from megatron_matpo.algo.advantages import episode_advantages
+from megatron_matpo.data.samples import to_samples
+from megatron_matpo.trainer.run import Run
+
+
+def train(run: Run) -> None:
+    """Train from the run's last checkpoint (or the start) to `run.steps`. All ranks call.
+
+    Raises:
+        RolloutError, DeadlineError: the step's episodes did not come.
+        NonFiniteError: before the optimizer moved; the last checkpoint is whole.
+        WeightSyncError: the engines did not take the weights.
+    """
+    config = run.config
+    progress = run.resume()
+    run.sync.connect()
+    with run.clock.phase("sync"):
+        served = run.sync.push(progress.policy_version)
+    while progress.step < config.run.steps:
+        step = progress.step + 1
+        with run.clock.step(step):
+            with run.clock.phase("rollout"):
+                batch = run.rollouts.collect(step, served)
+            advantages = episode_advantages(
+                batch.groups,
+                normalize_std=config.algo.normalize_std,
+                scale=config.algo.advantage_scale,
+            )
+            samples = to_samples(batch, advantages)
+            with run.clock.phase("train"):
+                result = run.learner.learn(samples, progress.num_updates)
+            progress = progress.after(result.num_updates)
+            with run.clock.phase("sync"):
+                served = run.sync.push(progress.policy_version)
+        evaluation = run.evaluate(step, served)
+        run.record(step, batch, samples, advantages, result, evaluation)
+        if run.is_due(config.checkpoint.every, step):
+            run.save(progress)
+    run.finish(progress)

@@ -1,0 +1,198 @@
+"""What the loop acts on: the parts of a run, and its side effects (log, save, evaluate)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from megatron_matpo.algo.advantages import num_uninformative_groups
+from megatron_matpo.config import Config
+from megatron_matpo.data.schedule import num_trained_tokens
+from megatron_matpo.megatron.actor import MegatronActor
+from megatron_matpo.obs.metrics import MetricsWriter
+from megatron_matpo.obs.recorder import write_rollouts_jsonl
+from megatron_matpo.obs.report import build_report
+from megatron_matpo.obs.wandb_log import WandbLog
+from megatron_matpo.trainer.clock import Clock
+from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
+from megatron_matpo.trainer.rollouts import Rollouts
+from megatron_matpo.types import PolicyVersion, RolloutBatch, TrainSample
+
+
+class WeightSync(Protocol):
+    """Keeps the engines on the trainer's weights. All ranks call."""
+
+    def connect(self) -> None:
+        """Form whatever the transport needs."""
+        ...
+
+    def push(self, version: PolicyVersion) -> PolicyVersion:
+        """Send the weights; returns the version that the engines serve."""
+        ...
+
+    def close(self) -> None:
+        """Release connections."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; saved in every checkpoint.
+
+    The data position is a function of the step (`data.dataset.prompts_for_step`), so it needs no
+    field of its own.
+    """
+
+    step: int = 0
+    """Finished steps."""
+    policy_version: PolicyVersion = 0
+    num_updates: int = 0
+    """Optimizer updates; the learning rate is a function of it."""
+
+    def after(self, num_updates: int) -> Progress:
+        """The state after one more step of `num_updates` updates."""
+        return Progress(self.step + 1, self.policy_version + 1, self.num_updates + num_updates)
+
+
+class RunLog:
+    """Everything that only the logging rank writes."""
+
+    def __init__(self, config: Config, run_dir: Path) -> None:
+        """Open the metrics file and the W&B run."""
+        self._config, self._run_dir = config, run_dir
+        self._metrics = MetricsWriter(run_dir)
+        self._wandb = WandbLog(config, run_dir)
+
+    def resume_after(self, step: int) -> None:
+        """Drop what a resumed run will write again."""
+        self._metrics.truncate_after(step)
+
+    def metrics(self, step: int, values: Mapping[str, float], *, partial: bool = False) -> None:
+        """Append one line and send it to W&B."""
+        self._metrics.write(step, values, partial=partial)
+        self._wandb.log(step, values)
+
+    def rollouts(self, batch: RolloutBatch, advantages: Mapping[str, float]) -> None:
+        """Write the step's trajectories for people."""
+        if self._config.obs.record_rollouts:
+            path = self._run_dir / "rollouts" / f"step_{batch.step:06d}.jsonl"
+            write_rollouts_jsonl(path, batch, advantages)
+
+    def report(self) -> None:
+        """Rewrite `report.html`."""
+        build_report(self._run_dir)
+
+    def close(self) -> None:
+        """Finish the W&B run."""
+        self._wandb.close()
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank, wired in `build.py`. `log` is None off the logging rank."""
+
+    config: Config
+    run_dir: Path
+    actor: MegatronActor
+    learner: PolicyLearner
+    rollouts: Rollouts
+    sync: WeightSync
+    clock: Clock
+    log: RunLog | None
+
+    def resume(self) -> Progress:
+        """Load the last checkpoint, or the initial model where there is none."""
+        self.clock.enter("load")
+        saved = self.actor.restore(self.run_dir / "checkpoints")
+        progress = Progress() if saved is None else Progress(**saved)
+        if self.log is not None:
+            self.log.resume_after(progress.step)
+        return progress
+
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether something done each `every` steps (0: never) is due after `step`."""
+        return every > 0 and step % every == 0
+
+    def record(
+        self,
+        step: int,
+        batch: RolloutBatch,
+        samples: Sequence[TrainSample],
+        advantages: Mapping[str, float],
+        result: LearnResult,
+        evaluation: Mapping[str, float],
+    ) -> None:
+        """Write metrics and rollouts of a finished step (logging rank; elsewhere nothing)."""
+        if self.log is None:
+            return
+        self.clock.enter("log")
+        values = {
+            **batch.metrics,
+            **reward_metrics(batch),
+            **result.metrics,
+            **self.clock.metrics,
+            "policy_version": batch.policy_version + 1,
+            "optim/updates": result.num_updates,
+            "advantage/zero_groups": num_uninformative_groups(batch.groups)
+            / max(1, len(batch.groups)),
+            "tokens/trained": num_trained_tokens(samples),
+            **evaluation,
+        }
+        self.log.metrics(step, values)
+        self.log.rollouts(batch, advantages)
+        if self.is_due(self.config.obs.report_every, step):
+            self.log.report()
+
+    def save(self, progress: Progress) -> None:
+        """Write a checkpoint; the one before stays until this one is complete."""
+        self.clock.enter("checkpoint")
+        self.actor.save(
+            self.run_dir / "checkpoints",
+            progress.step,
+            {
+                "step": progress.step,
+                "policy_version": progress.policy_version,
+                "num_updates": progress.num_updates,
+            },
+            keep_last=self.config.checkpoint.keep_last,
+        )
+
+    def evaluate(self, step: int, version: PolicyVersion) -> dict[str, float]:
+        """`eval/...` metrics of the first rows of `data.eval`, if an evaluation is due."""
+        if not self.is_due(self.config.data.eval_every, step):
+            return {}
+        self.clock.enter("evaluate")
+        batch = self.rollouts.collect(step, version, "eval")
+        return {f"eval/{name}": value for name, value in reward_metrics(batch).items()}
+
+    def finish(self, progress: Progress) -> None:
+        """Last checkpoint, Hugging Face export, report; close everything."""
+        if not self.is_due(self.config.checkpoint.every, progress.step):
+            self.save(progress)
+        if self.config.checkpoint.export_hf:
+            self.clock.enter("export")
+            self.actor.save_hf(self.run_dir / "checkpoints" / "hf")
+        self.sync.close()
+        if self.log is not None:
+            self.log.report()
+            self.log.close()
+        self.clock.enter("finished")
+
+
+def reward_metrics(batch: RolloutBatch) -> dict[str, float]:
+    """Means over the scored episodes; NaN when none was scored."""
+    rewards = [
+        episode.reward
+        for group in batch.groups
+        for episode in group.episodes
+        if episode.reward is not None
+    ]
+    if not rewards:
+        return dict.fromkeys(("reward/total", "reward/accuracy", "reward/format"), float("nan"))
+    return {
+        "reward/total": sum(reward.total for reward in rewards) / len(rewards),
+        "reward/accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
+        "reward/format": sum(reward.format for reward in rewards) / len(rewards),
+    }

@@ -1,0 +1,36 @@
+"""Micro-batches of samples as padded tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.types import TrainSample
+
+
+def to_micro_batch(samples: list[TrainSample], device: torch.device) -> MicroBatch:
+    """Right-pad `samples` to the longest; an empty list becomes one masked token.
+
+    Causal attention makes right padding harmless: no real position sees a padded one.
+    """
+    width = max((len(sample.input_ids) for sample in samples), default=1)
+
+    def padded(rows: list[list[int]] | list[list[float]], dtype: torch.dtype) -> Tensor:
+        filled = [[*row, *([0] * (width - len(row)))] for row in rows] or [[0]]
+        return torch.tensor(filled, dtype=dtype, device=device)
+
+    masks = [[float(bit) for bit in sample.loss_mask] for sample in samples]
+    rollout_logprobs = padded([sample.rollout_logprobs for sample in samples], torch.float32)
+    return MicroBatch(
+        input_ids=padded([sample.input_ids for sample in samples], torch.long),
+        labels=padded([sample.labels for sample in samples], torch.long),
+        position_ids=torch.arange(width, device=device).expand(max(1, len(samples)), width),
+        loss_mask=padded(masks, torch.float32),
+        old_logprobs=rollout_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        advantages=torch.tensor(
+            [[sample.advantage] for sample in samples] or [[0.0]], device=device
+        ).expand(max(1, len(samples)), width),
+        sample_ids=tuple(sample.trajectory_id for sample in samples),
+    )

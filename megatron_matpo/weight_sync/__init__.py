@@ -1,0 +1,1 @@
+"""Trainer weights to rollout engines, after every step."""

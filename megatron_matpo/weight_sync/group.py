@@ -1,0 +1,39 @@
+"""A process group that spans trainer rank 0 and the engines, beside the trainer's own world."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from torch import distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+
+def form_group(
+    *, host: str, port: int, world_size: int, backend: str, name: str, timeout_s: float
+) -> dist.ProcessGroup:
+    """Join as rank 0 the group that the engines join as ranks 1.. (blocks until all are there).
+
+    `torch.distributed.new_group` cannot do this, because its members must share one world. The
+    engines form their side with `tcp://host:port`, a store prefixed by the group's name and
+    torch's own helper; the same steps are taken here so that both sides meet on the same keys.
+    On GPUs both sides must agree on NCCL_CUMEM_ENABLE.
+
+    Raises:
+        torch.distributed.DistStoreError: not everybody came inside `timeout_s`.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    rendezvous = c10d.rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=timeout)
+    store, rank, world_size = next(rendezvous)
+    store.set_timeout(timeout)
+    group, _ = c10d._new_process_group_helper(
+        world_size,
+        rank,
+        [],
+        c10d.Backend(backend),
+        c10d.PrefixStore(name, store),
+        group_name=name,
+        timeout=timeout,
+    )
+    # Collectives address ranks of the group itself: there is no enclosing world to translate from.
+    c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    return group

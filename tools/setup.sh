@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Creates the two environments: .venv (trainer, manager, development tools) and .venv-rollout (SGLang).
+#
+# They are separate because the pins of SGLang and those of the trainer drift apart with every release.
+# Running it again does nothing unless a requirement file, pyproject.toml or this script changed.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+python="${MATPO_PYTHON:-python3.11}"
+command -v "$python" >/dev/null ||
+    die "$python is missing. Install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)," \
+        "or set MATPO_PYTHON to a Python 3.11"
+"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+    die "$python is $("$python" --version); Python 3.11 is needed"
+"$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    die "$python has no venv module. Install it (Debian, Ubuntu: apt-get install python3.11-venv)"
+
+stamp_of() { # Prints a hash of all files named, and of where the tree lies (an environment holds absolute paths).
+    "$python" - "$PWD" "$@" <<'PY'
+import hashlib, pathlib, sys
+
+digest = hashlib.sha256(sys.argv[1].encode())
+for name in sys.argv[2:]:
+    digest.update(pathlib.Path(name).read_bytes())
+print(digest.hexdigest())
+PY
+}
+
+is_current() { # is_current DIRECTORY STAMP
+    [[ -f "$1/.matpo-stamp" && "$(<"$1/.matpo-stamp")" == "$2" ]]
+}
+
+# --no-compile: byte code is written on first import, for the few modules that are really imported.
+pip_install() { # pip_install DIRECTORY ARGUMENT...
+    local env_dir="$1"
+    shift
+    "$env_dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile "$@"
+}
+
+make_trainer() { # make_trainer STAMP
+    rm -f .venv/.matpo-stamp
+    [[ -x .venv/bin/python ]] || "$python" -m venv .venv
+    pip_install .venv -r requirements/trainer-cpu.txt
+    pip_install .venv --no-build-isolation --no-deps -e .
+    echo "$1" >.venv/.matpo-stamp
+}
+
+make_rollout() { # make_rollout STAMP
+    rm -f .venv-rollout/.matpo-stamp
+    [[ -x .venv-rollout/bin/python ]] || "$python" -m venv .venv-rollout
+    pip_install .venv-rollout -r requirements/rollout-cpu.txt
+    pip_install .venv-rollout --no-deps -r requirements/rollout-cpu-nodeps.txt
+    echo "$1" >.venv-rollout/.matpo-stamp
+}
+
+trainer_stamp="$(stamp_of tools/setup.sh pyproject.toml requirements/trainer-cpu.txt)"
+rollout_stamp="$(stamp_of tools/setup.sh requirements/rollout-cpu.txt requirements/rollout-cpu-nodeps.txt)"
+
+trainer_pid=""
+rollout_pid=""
+start_s="$SECONDS"
+if ! is_current .venv "$trainer_stamp"; then
+    echo "setup: making .venv"
+    make_trainer "$trainer_stamp" &
+    trainer_pid="$!"
+fi
+if ! is_current .venv-rollout "$rollout_stamp"; then
+    echo "setup: making .venv-rollout"
+    make_rollout "$rollout_stamp" &
+    rollout_pid="$!"
+fi
+failed=""
+[[ -z "$trainer_pid" ]] || wait "$trainer_pid" || failed="$failed .venv"
+[[ -z "$rollout_pid" ]] || wait "$rollout_pid" || failed="$failed .venv-rollout"
+[[ -z "$failed" ]] || die "could not make:$failed (pip's message is above)"
+if [[ -n "$trainer_pid$rollout_pid" ]]; then
+    echo "setup: done in $((SECONDS - start_s)) s"
+fi

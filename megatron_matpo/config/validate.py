@@ -321,8 +321,8 @@ def _check_train(config: Config) -> Iterator[str]:
         if needed > cluster.gpus_per_node:
             yield (
                 f"cluster.gpus_per_node={cluster.gpus_per_node}: the run needs {needed}: "
-                f"{config.parallel.world_size} trainer ranks (parallel.*) and {engines} for engines "
-                "(rollout.num_servers * rollout.tensor)"
+                f"{config.parallel.world_size} trainer ranks (parallel.*) and {engines} for "
+                "engines (rollout.num_servers * rollout.tensor)"
             )
 
 
@@ -350,7 +350,7 @@ def _check_layout(config: Config) -> Iterator[str]:
     from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 
     try:
-        hf = HfModelConfig.load(config.model.path)
+        hf = HfModelConfig.from_folder(config.model.path)
     except ConfigError as error:
         yield str(error)
         return

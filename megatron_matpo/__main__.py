@@ -1,0 +1,99 @@
+"""Command line: `matpo train|sft|config|report|status`. Heavy imports come after parsing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from megatron_matpo import __version__
+from megatron_matpo.errors import MatpoError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code (2: the configuration is wrong, 1: other errors)."""
+    options = _parse(arguments)
+    try:
+        return _dispatch(options)
+    except MatpoError as error:
+        if os.environ.get("MATPO_DEBUG") == "1":
+            raise
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has seen enough; without this, Python complains while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Like `parse_args`, but overrides may also follow an option."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [item for item in rest if item.startswith("-") or "overrides" not in options]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matpo", description="Reinforcement learning of planner/worker agents."
+    )
+    parser.add_argument("--version", action="version", version=f"matpo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("train", "train a recipe with reinforcement learning"),
+        ("sft", "supervised training with the same trainer"),
+        ("config", "print the resolved configuration of a recipe"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("recipe", help="YAML file")
+        command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+        if name != "config":
+            command.add_argument(
+                "--accept-changes",
+                action="store_true",
+                help="resume although settings differ from those of the earlier attempt",
+            )
+    for name, text in (
+        ("report", "write report.html of a run and print its path"),
+        ("status", "say what the processes of a run are doing"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("run_dir", help="folder of the run, as in runs/default")
+    return parser
+
+
+def _dispatch(options: argparse.Namespace) -> int:
+    match options.command:
+        case "train" | "sft":
+            from megatron_matpo.launch.run import run
+
+            return run(
+                options.command,
+                options.recipe,
+                options.overrides,
+                accept_changes=options.accept_changes,
+            )
+        case "config":
+            from megatron_matpo.config import dump_config, load_recipe
+
+            print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
+        case "report":
+            from megatron_matpo.launch.inspect import report
+
+            print(report(options.run_dir))
+        case _:
+            from megatron_matpo.launch.inspect import status_text
+
+            print(status_text(options.run_dir))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Starts the roles of a run as processes, watches them, and leaves none behind."""

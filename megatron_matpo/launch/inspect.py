@@ -1,0 +1,58 @@
+"""`matpo status` and `matpo report`: a run seen from outside."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use
+from megatron_matpo.obs.failure import first_failure
+from megatron_matpo.obs.metrics import read_metrics
+from megatron_matpo.obs.progress import format_duration, format_progress
+from megatron_matpo.obs.status import read_status
+
+
+def report(run_dir: str) -> Path:
+    """Write `report.html` of a run and return its path.
+
+    Raises:
+        ConfigError: `run_dir` is not a run folder.
+    """
+    from megatron_matpo.obs.report import build_report
+
+    return Path(build_report(_run_folder(run_dir)))
+
+
+def status_text(run_dir: str) -> str:
+    """What each process of a run does, its last step, and its first failure, as lines.
+
+    Raises:
+        ConfigError: `run_dir` is not a run folder.
+    """
+    folder = _run_folder(run_dir)
+    now = time.time()
+    lines = [f"{run_dir}: {'running' if is_in_use(folder) else 'not running'}"]
+    for status in read_status(folder):
+        step = f" step {status.step}" if status.step >= 0 else ""
+        since = format_duration(now - status.updated_at)
+        lines.append(f"  {status.role}-{status.rank}:{step} {status.phase} since {since}")
+    metrics = read_metrics(folder)
+    if metrics:
+        from megatron_matpo.config.load import load_resolved
+
+        num_steps = load_resolved(str(folder / CONFIG_FILE)).run.steps
+        last = metrics[-1]
+        lines.append("  " + format_progress(int(last["step"] or 0), num_steps, last))
+    failure = first_failure(folder)
+    if failure is not None:
+        where = f"{failure.role}-{failure.rank}, phase {failure.phase}"
+        lines.append(f"  first failure: {where}: {failure.type}: {failure.message}")
+    return "\n".join(lines)
+
+
+def _run_folder(run_dir: str) -> Path:
+    folder = Path(run_dir)
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{run_dir}: not a run folder (it has no {CONFIG_FILE})")
+    return folder

@@ -1,0 +1,91 @@
+"""Everything that can be wrong before anything starts, found in about a second and told at once."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from megatron_matpo.config.load import collect_recipe, format_problems
+from megatron_matpo.config.root import Config
+from megatron_matpo.config.validate import Command, collect_violations
+from megatron_matpo.errors import ConfigError
+
+# What `data.dataset` reads from a row.
+_COLUMNS = ("data_source", "prompt", "reward_model")
+
+
+def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
+    """Load a recipe and check all that `command` needs on this machine.
+
+    Raises:
+        ConfigError: one line for every violation of any kind.
+    """
+    config, problems = collect_recipe(recipe, overrides)
+    problems += collect_violations(config, command=command)
+    problems += machine_violations(config, command)
+    if problems:
+        raise ConfigError(format_problems(problems))
+    return config
+
+
+def machine_violations(config: Config, command: Command) -> list[str]:
+    """Violations that only this machine can show: datasets and the address to bind to."""
+    problems = []
+    if command == "train" and not config.rollout.replay:
+        problems += _dataset_violations("data.train", config.data.train)
+        if config.data.eval:
+            problems += _dataset_violations("data.eval", config.data.eval)
+    if config.data.eval_every > 0 and not config.data.eval:
+        problems.append("data.eval_every: evaluation needs data.eval, a parquet file or folder")
+    if command == "sft":
+        problems += _conversation_violations(config.sft.data)
+    problems += _host_violations(config.cluster.host)
+    return problems
+
+
+def _dataset_violations(key: str, value: str) -> list[str]:
+    """The parquet files exist and have the columns; only their footers are read."""
+    if not value:
+        return [f"{key}=: expected a parquet file, or a folder of them"]
+    path = Path(value)
+    if not path.exists():
+        return [f"{key}={value}: no such file or folder"]
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        return [f"{key}={value}: the folder holds no *.parquet file"]
+    import pyarrow
+    from pyarrow import parquet
+
+    problems = []
+    for file in files:
+        try:
+            names = set(parquet.read_schema(file).names)
+        except (OSError, pyarrow.ArrowException) as error:
+            problems.append(f"{key}={value}: {file} is not a parquet file ({error})")
+            continue
+        missing = [column for column in _COLUMNS if column not in names]
+        if missing:
+            problems.append(
+                f"{key}={value}: {file} lacks the columns {', '.join(missing)}; "
+                f"it has {', '.join(sorted(names))}"
+            )
+    return problems
+
+
+def _conversation_violations(value: str) -> list[str]:
+    if not value:
+        return ["sft.data=: expected a JSONL file of conversations"]
+    if not Path(value).is_file():
+        return [f"sft.data={value}: no such file"]
+    return []
+
+
+def _host_violations(host: str) -> list[str]:
+    """The address must be one of this machine's own."""
+    try:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        return [f"cluster.host={host}: not an address of this machine ({error.strerror or error})"]
+    return []

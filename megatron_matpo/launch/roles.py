@@ -1,0 +1,157 @@
+"""The roles of a run on this node: how each is started, and how to tell that it is ready.
+
+Secrets go from here to the roles by environment only: `MATPO_RUN_TOKEN` (manager and trainer),
+`MATPO_ENGINE_KEY` (engines and who talks to them). Variables that a tool server is given
+(`tools.servers.*.env_from`) reach the manager alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_matpo.config.plan import EnginePlace, Plan
+from megatron_matpo.config.root import Config
+from megatron_matpo.config.validate import Command
+from megatron_matpo.obs.status import read_status
+
+_PROBE_TIMEOUT_S = 1.0
+# The first generation compiles and allocates.
+_GENERATE_TIMEOUT_S = 5.0
+# Phases in which a rank has not built its model yet.
+_TRAINER_STARTING = frozenset({"start", "init", "build model"})
+_ENTRIES: dict[Command, str] = {
+    "train": "megatron_matpo.trainer.main",
+    "sft": "megatron_matpo.trainer.sft",
+}
+
+
+@dataclass(frozen=True)
+class RunSecrets:
+    """Made anew for every start of a run; never written, never logged."""
+
+    run_token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    engine_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+
+
+@dataclass(frozen=True)
+class RoleSpec:
+    """One process to start and watch."""
+
+    name: str
+    """Instance, as in `engine-0`; its log is `logs/NAME.log`."""
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(repr=False)
+    is_ready: Callable[[], bool]
+    """Quick, does not raise, is asked repeatedly."""
+    ends_run: bool = False
+    """The run is over, successfully, when this process ends with exit code 0."""
+
+
+def plan_roles(config: Config, plan: Plan, run_dir: Path, command: Command) -> list[RoleSpec]:
+    """All roles of the run: engines and manager, unless episodes are replayed, and the trainer."""
+    own = RunSecrets()
+    roles: list[RoleSpec] = []
+    if command == "train" and not config.rollout.replay:
+        roles += [_engine(config, place, own) for place in plan.engines]
+        roles.append(_manager(plan, run_dir, own))
+    roles.append(_trainer(config, plan, run_dir, command, own))
+    return roles
+
+
+def _engine(config: Config, place: EnginePlace, own: RunSecrets) -> RoleSpec:
+    from megatron_matpo.rollout.engine_command import engine_command, engine_spec
+
+    started = engine_command(engine_spec(config, place, own.engine_key))
+    return RoleSpec(
+        name=f"engine-{place.index}",
+        argv=tuple(started.argv),
+        env={**_environment(config), **started.env},
+        is_ready=lambda: engine_generates(place.url, own.engine_key),
+    )
+
+
+def _manager(plan: Plan, run_dir: Path, own: RunSecrets) -> RoleSpec:
+    return RoleSpec(
+        name="manager",
+        argv=(sys.executable, "-m", "megatron_matpo.rollout.manager", "--run-dir", str(run_dir)),
+        env={**os.environ, **_python_settings(), **_secret_env(own)},
+        is_ready=lambda: manager_is_ready(plan.manager_url, own.run_token),
+    )
+
+
+def _trainer(
+    config: Config, plan: Plan, run_dir: Path, command: Command, own: RunSecrets
+) -> RoleSpec:
+    argv = [sys.executable, "-m", "megatron_matpo.launch.torchrun", "--run-dir", str(run_dir)]
+    return RoleSpec(
+        name="trainer",
+        argv=(*argv, "--entry", _ENTRIES[command]),
+        env={**_environment(config), **_secret_env(own)},
+        is_ready=lambda: trainer_is_ready(run_dir, sum(plan.trainer_ranks_per_node)),
+        ends_run=True,
+    )
+
+
+def engine_generates(url: str, key: str) -> bool:
+    """Whether the engine at `url` has answered a generation of one token."""
+    status, _ = _get(f"{url}/health", key, _PROBE_TIMEOUT_S)
+    if status != 200:
+        return False
+    status, _ = _get(f"{url}/health_generate", key, _GENERATE_TIMEOUT_S)
+    return status == 200
+
+
+def manager_is_ready(url: str, token: str) -> bool:
+    """Whether the manager says that its engines and tool servers are ready."""
+    status, body = _get(f"{url}/health", token, _PROBE_TIMEOUT_S)
+    if status != 200:
+        return False
+    try:
+        return bool(json.loads(body)["ready"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def trainer_is_ready(run_dir: Path, num_ranks: int) -> bool:
+    """Whether every rank has built its model."""
+    ranks = [status for status in read_status(run_dir) if status.role == "trainer"]
+    ready = [status for status in ranks if status.phase not in _TRAINER_STARTING]
+    return len(ready) == num_ranks
+
+
+def _get(url: str, token: str, timeout_s: float) -> tuple[int, bytes]:
+    """(HTTP status, body); status 0 if there was no answer."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
+    # Proxies of the environment must not see the run's own traffic.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=timeout_s) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, b""
+    except (OSError, ValueError):
+        return 0, b""
+
+
+def _secret_env(own: RunSecrets) -> dict[str, str]:
+    return {"MATPO_RUN_TOKEN": own.run_token, "MATPO_ENGINE_KEY": own.engine_key}
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Our environment without what is meant for tool servers only."""
+    for_tools = {name for server in config.tools.servers.values() for name in server.env_from}
+    kept = {name: value for name, value in os.environ.items() if name not in for_tools}
+    return {**kept, **_python_settings()}
+
+
+def _python_settings() -> dict[str, str]:
+    """Logs must be complete when a process is killed."""
+    return {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}

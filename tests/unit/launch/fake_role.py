@@ -1,0 +1,43 @@
+"""FakeRole: a small real process that stands in for a role of a run.
+
+`python fake_role.py NAME [exit_after=S] [code=N] [ignore_term] [spawn] [fail=TEXT] [run_dir=D]`
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+
+def main() -> None:
+    name, *flags = sys.argv[1:]
+    settings = dict(flag.partition("=")[::2] for flag in flags)
+    if "ignore_term" in settings:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "spawn" in settings:
+        # A helper in a session of its own that ignores SIGTERM, and whose parent ends at once: the
+        # worst case of an orphan.
+        helper = [sys.executable, __file__, f"{name}-helper", "ignore_term"]
+        launcher = f"import subprocess; subprocess.Popen({helper!r}, start_new_session=True)"
+        subprocess.run([sys.executable, "-c", launcher], check=True)
+    print(f"Fake {name} says hello, pid {os.getpid()}", flush=True)
+    if "fail" in settings:
+        from megatron_matpo.obs.failure import record_failure
+
+        error = ValueError(settings["fail"])
+        record_failure(settings["run_dir"], name, 0, "train", error, "Fake traceback")
+    deadline = time.monotonic() + float(settings.get("exit_after", 60))
+    while time.monotonic() < deadline:
+        time.sleep(0.02)
+    code = int(settings.get("code", 0))
+    if code:
+        print(f"Fake {name} last words", flush=True)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Proves, with small real processes (FakeRoles), that the supervisor names the first failure and
+that nothing survives a run, however it ends. It does not prove that real roles become ready.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FAKE_RUN = Path(__file__).with_name("fake_run.py")
+
+
+class FakeRun:
+    """A supervised run of FakeRoles in a subprocess."""
+
+    def __init__(self, run_dir: Path, *roles: str, start_timeout_s: float = 30, grace_s: float = 1):
+        for name in ("logs", "status"):
+            (run_dir / name).mkdir(parents=True, exist_ok=True)
+        self.run_dir = run_dir
+        self.started = time.monotonic()
+        argv = [sys.executable, str(FAKE_RUN), str(run_dir), str(start_timeout_s), str(grace_s)]
+        self.process = subprocess.Popen(
+            [*argv, *roles],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "MATPO_TEST_MARK": str(run_dir), "PYTHONPATH": os.getcwd()},
+        )
+
+    def wait(self, timeout_s: float = 20) -> tuple[int, str]:
+        output, _ = self.process.communicate(timeout=timeout_s)
+        return self.process.returncode, output
+
+    def wait_for_line(self, pattern: str) -> re.Match[str]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if match := re.search(pattern, line):
+                return match
+        raise AssertionError(f"no line with {pattern}")
+
+    def wait_for_log(self, name: str, text: str) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            log = self.run_dir / "logs" / f"{name}.log"
+            if log.exists() and text in log.read_text():
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"no {text!r} in the log of {name}")
+
+    def survivors(self) -> list[str]:
+        """Command lines of living processes that this run has started."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environment = (folder / "environ").read_bytes()
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            except OSError:
+                continue
+            if f"MATPO_TEST_MARK={self.run_dir}".encode() in environment.split(b"\0"):
+                found.append(command)
+        return found
+
+    def assert_nothing_left(self, within_s: float = 6) -> None:
+        deadline = time.monotonic() + within_s
+        while self.survivors() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.survivors() == []
+
+
+@pytest.fixture
+def fake_run(tmp_path: Path) -> Iterator[type[FakeRun]]:
+    runs: list[FakeRun] = []
+
+    class Tracked(FakeRun):
+        def __init__(self, *roles: str, **limits: float):
+            super().__init__(tmp_path, *roles, **limits)
+            runs.append(self)
+
+    yield Tracked  # type: ignore[misc]
+    for run in runs:
+        if run.process.poll() is None:
+            run.process.terminate()
+            run.wait()
+
+
+def test_a_finished_trainer_ends_the_run_and_stops_the_others(fake_run):
+    run = fake_run("engine-0 ready spawn", "trainer ready exit_after=0.5")
+    code, output = run.wait()
+    assert code == 0, output
+    assert "engine-0 ready after" in output
+    assert "failed" not in output
+    run.assert_nothing_left(within_s=0)
+
+
+def test_a_role_that_dies_is_named_with_its_last_words(fake_run):
+    run = fake_run("engine-0 ready", "manager ready exit_after=0.3 code=7", "trainer ready")
+    code, output = run.wait()
+    assert code == 1
+    assert "first failure: manager" in output
+    assert "exit code 7" in output
+    assert "| Fake manager last words" in output
+    run.assert_nothing_left(within_s=0)
+
+
+def test_an_engine_that_dies_at_start_is_reported_in_seconds(fake_run):
+    run = fake_run("engine-0 exit_after=0.1 code=1", "trainer", start_timeout_s=300)
+    code, output = run.wait()
+    assert code == 1
+    assert "first failure: engine-0" in output
+    assert time.monotonic() - run.started < 6
+
+
+def test_a_recorded_failure_comes_before_the_exit_code(fake_run):
+    run = fake_run("engine-0 ready", "trainer ready fail=bad-number exit_after=0.3 code=1")
+    code, output = run.wait()
+    assert code == 1
+    assert "first failure: trainer-0, phase train" in output
+    assert "ValueError: bad-number" in output
+
+
+def test_an_engine_that_was_killed_is_the_origin_not_the_trainer_that_complains(fake_run):
+    run = fake_run(
+        "engine-0 ready exit_after=0.6 code=9", "trainer ready fail=no-engine exit_after=0.7 code=1"
+    )
+    # The trainer records its failure at once; the engine is named only if it died before that.
+    code, output = run.wait()
+    assert code == 1
+    assert "first failure: engine-0" in output or "no-engine" in output
+
+
+def test_a_role_that_is_not_ready_in_time_is_named(fake_run):
+    run = fake_run("engine-0", "trainer ready", start_timeout_s=1)
+    code, output = run.wait()
+    assert code == 1
+    assert "first failure: engine-0, phase start" in output
+    assert "run.start_timeout_s=1" in output
+    assert "| Fake engine-0 says hello" in output
+
+
+def test_a_program_that_does_not_exist_is_a_clear_error(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; "
+        "from megatron_matpo.launch.console import Console, ProgressView; "
+        "from megatron_matpo.launch.supervisor import Limits, Supervisor; "
+        "from megatron_matpo.launch.roles import RoleSpec; "
+        "c = Console(sys.stdout); d = Path(sys.argv[1]); "
+        "r = RoleSpec('engine-0', ('/no/such/program',), {}, lambda: False); "
+        "sys.exit(Supervisor(d, [r], Limits(5, 1), c, ProgressView(d, 1, c)).run())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 1
+    assert "cannot start /no/such/program" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 143)]
+)
+def test_a_signal_stops_everything_and_says_how_to_resume(fake_run, number, code):
+    run = fake_run("engine-0 ready spawn ignore_term", "trainer ready spawn")
+    run.wait_for_log("engine-0", "hello")
+    run.wait_for_log("trainer", "hello")
+    run.process.send_signal(number)
+    returned, output = run.wait()
+    assert returned == code
+    assert "resumes" in output
+    run.assert_nothing_left(within_s=0)
+
+
+def test_a_killed_guard_leaves_nothing(fake_run):
+    run = fake_run("engine-0 ready spawn ignore_term", "trainer ready spawn")
+    run.wait_for_log("engine-0", "hello")
+    run.wait_for_log("trainer", "hello")
+    run.process.kill()
+    run.assert_nothing_left()
+
+
+def test_a_killed_supervisor_leaves_nothing(fake_run):
+    run = fake_run("engine-0 ready spawn ignore_term", "trainer ready spawn")
+    pid = int(run.wait_for_line(r"supervisor pid (\d+)").group(1))
+    run.wait_for_log("engine-0", "hello")
+    run.wait_for_log("trainer", "hello")
+    os.kill(pid, signal.SIGKILL)
+    code, output = run.wait()
+    assert code == 128 + signal.SIGKILL
+    assert "ended by SIGKILL" in output
+    run.assert_nothing_left(within_s=0)
+
+
+def test_lines_of_an_earlier_attempt_are_not_reported(fake_run, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "manager.log").write_text("words of yesterday\n")
+    run = fake_run("manager ready exit_after=0.1 code=1", "trainer ready")
+    _, output = run.wait()
+    assert "Fake manager last words" in output
+    assert "yesterday" not in output

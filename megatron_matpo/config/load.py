@@ -76,7 +76,7 @@ def collect_recipe(path: str, overrides: list[str]) -> tuple[Config, list[str]]:
         ConfigError: a file cannot be read at all, or the `base:` chain has a cycle.
     """
     problems: list[str] = []
-    layers = []
+    layers: list[dict[str, Any]] = []
     for name, raw in [*_read_chain(Path(path)), *_read_overrides(overrides, problems)]:
         clean, wrong = check_mapping(Config, raw, "")
         suffix = f" (in {name})" if name else ""
@@ -129,7 +129,7 @@ def _read_yaml(path: Path, wanted_by: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: expected a mapping of sections, got {type(raw).__name__}")
-    return {str(key): value for key, value in raw.items()}
+    return _by_text(raw)
 
 
 def _read_overrides(overrides: list[str], problems: list[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -146,8 +146,13 @@ def _read_overrides(overrides: list[str], problems: list[str]) -> list[tuple[str
             problems.append(f"{text}: the value is not valid YAML: {' '.join(str(error).split())}")
             continue
         assert isinstance(raw, dict), "a dotlist is a mapping"
-        layers.append(("", {str(name): value for name, value in raw.items()}))
+        layers.append(("", _by_text(raw)))
     return layers
+
+
+def _by_text(raw: Any) -> dict[str, Any]:
+    """`raw` with keys as text (YAML also has numbers and dates)."""
+    return {str(key): value for key, value in raw.items()}
 
 
 def _first_line(error: Exception) -> str:

@@ -12,7 +12,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from megatron_matpo.config.root import Config
 
@@ -45,8 +45,9 @@ def check_mapping(cls: type, raw: dict[Any, Any], path: str) -> tuple[dict[str, 
 
 def flatten(value: Any, path: str) -> Iterator[tuple[str, Any]]:
     """(dotted path, value) of every leaf; lists and empty mappings are leaves."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
+    items = _mapping(value)
+    if items:
+        for key, item in items.items():
             yield from flatten(item, _join(path, key))
     else:
         yield path, value
@@ -88,20 +89,22 @@ def _check(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
 def _check_section(cls: type, value: Any, path: str) -> tuple[Any, list[str]]:
     if value is None:
         return {}, []
-    if not isinstance(value, dict):
+    raw = _mapping(value)
+    if raw is None:
         keys = ", ".join(list(_hints(cls))[:4])
         return None, [f"{path}={value}: expected a mapping with keys such as {keys}"]
-    return check_mapping(cls, value, path)
+    return check_mapping(cls, raw, path)
 
 
 def _check_dict(item_hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
     if value is None:
         return {}, []
-    if not isinstance(value, dict):
+    raw = _mapping(value)
+    if raw is None:
         return None, [f"{path}={value}: expected a mapping of names"]
     clean: dict[str, Any] = {}
     problems: list[str] = []
-    for name, item in value.items():
+    for name, item in raw.items():
         where = _join(path, name)
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             problems.append(f"{where}: a name consists of letters, digits, '_' and '-'")
@@ -120,10 +123,10 @@ def _check_list(item_hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
         name = item_hint.__name__
         return None, [f"{path}={value}: expected a list of {name}, as in [a, b]"]
     problems: list[str] = []
-    for index, item in enumerate(value):
+    for index, item in enumerate(cast("list[Any]", value)):
         _, wrong = _check_scalar(item_hint, item, f"{path}[{index}]")
         problems += wrong
-    return (None if problems else value), problems
+    return (None if problems else cast("list[Any]", value)), problems
 
 
 def _check_scalar(hint: type, value: Any, path: str) -> tuple[Any, list[str]]:
@@ -138,11 +141,19 @@ def _check_scalar(hint: type, value: Any, path: str) -> tuple[Any, list[str]]:
         return int(value), []
     if hint is float and not isinstance(value, bool) and _is_finite(value):
         return float(value), []
-    expected = {int: "a whole number", float: "a finite number", bool: "true or false"}
+    expected: dict[type, str] = {
+        int: "a whole number",
+        float: "a finite number",
+        bool: "true or false",
+    }
     return None, [f"{path}={_show(value)}: expected {expected.get(hint, 'text')}"]
 
 
 _BOOL_WORDS = frozenset({"true", "false", "yes", "no", "on", "off"})
+
+
+def _mapping(value: Any) -> dict[Any, Any] | None:
+    return cast("dict[Any, Any]", value) if isinstance(value, dict) else None
 
 
 def _is_finite(value: Any) -> bool:

@@ -136,7 +136,7 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
 
 def collect_warnings(config: Config, *, command: Command) -> list[str]:
     """Settings that are allowed but probably not meant."""
-    warnings = []
+    warnings: list[str] = []
     if command == "train" and config.data.samples_per_prompt < 2:
         warnings.append(
             f"data.samples_per_prompt={config.data.samples_per_prompt}: a group of one episode has "

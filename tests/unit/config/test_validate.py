@@ -1,0 +1,185 @@
+"""Proves the checks across sections and against the files of this machine.
+
+The model folder is a `config.json` and empty files: what the weights hold is not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+
+from megatron_matpo.config import Config
+from megatron_matpo.config.agents import AgentConfig, McpServerConfig, ToolsConfig
+from megatron_matpo.config.run import ClusterConfig
+from megatron_matpo.config.train import ModelConfig
+from megatron_matpo.config.validate import collect_violations, collect_warnings, validate
+from megatron_matpo.errors import ConfigError
+
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "vocab_size": 512,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture
+def config(tmp_path) -> Config:
+    """A configuration without violations."""
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
+    for name in ("tokenizer.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    base = Config()
+    return replace(
+        base,
+        model=ModelConfig(path=str(tmp_path)),
+        rollout=replace(base.rollout, planner="main_agent", python=sys.executable),
+        agents={
+            "main_agent": AgentConfig(role="planner", tools=["browser_agent"]),
+            "browser_agent": AgentConfig(tools=["search"]),
+        },
+        tools=ToolsConfig({"search": McpServerConfig(command="python")}),
+    )
+
+
+def section(config: Config, name: str, **values) -> Config:
+    return replace(config, **{name: replace(getattr(config, name), **values)})
+
+
+def test_a_good_configuration_passes(config):
+    validate(config, command="train")
+    validate(config, command="sft")
+
+
+def test_all_violations_come_in_one_error(config):
+    bad = section(section(config, "run", steps=0), "rollout", planner="nobody")
+    with pytest.raises(ConfigError) as caught:
+        validate(bad, command="train")
+    assert str(caught.value).splitlines() == [
+        "run.steps=0: must be at least 1",
+        "rollout.planner=nobody: no such agent; planner agents: main_agent",
+    ]
+
+
+def test_a_worker_cannot_be_the_planner(config):
+    (line,) = collect_violations(
+        section(config, "rollout", planner="browser_agent"), command="train"
+    )
+    assert line.startswith("rollout.planner=browser_agent: its role is worker")
+
+
+@pytest.mark.parametrize(
+    ("agent", "tools", "expected"),
+    [
+        ("main_agent", ["serch"], "agents.main_agent.tools=serch: no such tool server"),
+        ("browser_agent", ["main_agent"], "only a planner may call agents"),
+        ("main_agent", ["main_agent"], "only workers can be called"),
+    ],
+)
+def test_tools_must_exist(config, agent, tools, expected):
+    agents = {**config.agents, agent: replace(config.agents[agent], tools=tools)}
+    (line,) = collect_violations(replace(config, agents=agents), command="train")
+    assert expected in line
+
+
+def test_workers_of_one_planner_need_names_of_their_own(config):
+    agents = {
+        **config.agents,
+        "main_agent": AgentConfig(role="planner", tools=["browser_agent", "second"]),
+        "second": AgentConfig(tools=["search"]),
+    }
+    (line,) = collect_violations(replace(config, agents=agents), command="train")
+    assert "share a tool_name" in line
+
+
+def test_the_model_folder_must_be_complete(config, tmp_path):
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "model.safetensors").unlink()
+    (line,) = collect_violations(config, command="train")
+    assert line.endswith("the folder lacks tokenizer.json, *.safetensors")
+    fresh = section(config, "model", random_init=True)
+    (line,) = collect_violations(fresh, command="sft")
+    assert line.endswith("the folder lacks tokenizer.json")
+
+
+@pytest.mark.parametrize("path", ["", "no/such/folder"])
+def test_the_model_folder_must_exist(config, path):
+    (line,) = collect_violations(section(config, "model", path=path), command="train")
+    assert line.startswith(f"model.path={path}:")
+
+
+def test_random_weights_are_for_sft(config):
+    fresh = section(config, "model", random_init=True)
+    assert collect_violations(fresh, command="sft") == []
+    (line,) = collect_violations(fresh, command="train")
+    assert line.startswith("model.random_init=true: only for `matpo sft`")
+
+
+def test_the_layout_must_divide_the_model(config):
+    lines = collect_violations(section(config, "parallel", tensor=3), command="train")
+    assert lines
+    assert all(line.startswith("parallel.tensor=3") for line in lines)
+
+
+def test_trainer_and_engines_must_fit_on_the_gpus(config):
+    gpu = replace(config, cluster=ClusterConfig(gpus_per_node=4))
+    gpu = section(section(gpu, "parallel", tensor=2, data=2), "rollout", num_servers=1)
+    (line,) = collect_violations(gpu, command="train")
+    assert line.startswith("cluster.gpus_per_node=4: the run needs 5")
+    assert collect_violations(gpu, command="sft") == []
+
+
+def test_updates_cannot_exceed_the_episodes_of_a_step(config):
+    bad = section(
+        section(config, "data", prompts_per_step=1, samples_per_prompt=2),
+        "algo",
+        updates_per_step=3,
+    )
+    (line,) = collect_violations(bad, command="train")
+    assert line.startswith("algo.updates_per_step=3: must be at most")
+
+
+def test_a_turn_must_fit_into_the_context(config):
+    lines = collect_violations(section(config, "rollout", context_length=4096), command="train")
+    assert any("agents.main_agent.max_tokens_per_turn=4096" in line for line in lines)
+
+
+def test_programs_and_variables_must_be_there(config, monkeypatch):
+    monkeypatch.delenv("MATPO_TEST_KEY", raising=False)
+    server = McpServerConfig(command="no-such-program", env_from=["MATPO_TEST_KEY"])
+    bad = replace(config, tools=ToolsConfig({"search": server}))
+    bad = section(bad, "rollout", python="no/python")
+    lines = collect_violations(bad, command="train")
+    assert len(lines) == 3
+    assert lines[0].startswith("rollout.python=no/python: no such program; `make setup`")
+    assert lines[1] == "tools.servers.search.command=no-such-program: no such program on PATH"
+    assert lines[2].startswith("tools.servers.search.env_from=MATPO_TEST_KEY")
+    assert collect_violations(bad, command="sft") == []
+
+
+def test_replay_needs_its_folder_and_no_engines(config, tmp_path):
+    replayed = section(config, "rollout", replay="no/folder", python="no/python", planner="x")
+    (line,) = collect_violations(replayed, command="train")
+    assert line == "rollout.replay=no/folder: no such folder"
+    replayed = section(replayed, "rollout", replay=str(tmp_path))
+    assert collect_violations(replayed, command="train") == []
+
+
+def test_settings_that_cannot_learn_are_warned_about(config):
+    lone = section(section(config, "data", samples_per_prompt=1), "algo", advantage_scale=0.0)
+    lone = section(lone, "weight_sync", transport="none")
+    assert [text.split("=")[0] for text in collect_warnings(lone, command="train")] == [
+        "data.samples_per_prompt",
+        "algo.advantage_scale",
+        "weight_sync.transport",
+    ]
+    assert collect_warnings(config, command="train") == []

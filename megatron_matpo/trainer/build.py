@@ -11,11 +11,11 @@ import torch
 from torch import distributed as dist
 
 from megatron_matpo.config import Config
-from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.megatron.actor import MegatronActor
-from megatron_matpo.megatron.parallel import ParallelState, init_parallel
+from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.rollout.engine_client import EngineClient
+from megatron_matpo.trainer.actor import build_actor
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import PolicyLearner
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
@@ -42,14 +42,6 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     )
 
 
-def build_actor(config: Config, clock: Clock) -> tuple[ParallelState, MegatronActor]:
-    """Form the process groups and build the model with its optimizer. All ranks call."""
-    clock.enter("init")
-    state = init_parallel(config)
-    clock.enter("build model")
-    return state, MegatronActor(config, HfModelConfig.load(config.model.path), state)
-
-
 def _build_rollouts(config: Config, plan: Plan, state: ParallelState) -> Rollouts:
     if config.rollout.replay:
         return ReplayRollouts(config.rollout.replay)
@@ -64,6 +56,7 @@ def _build_rollouts(config: Config, plan: Plan, state: ParallelState) -> Rollout
         os.environ["MATPO_RUN_TOKEN"],
         partial(share_bytes, group=group, device=torch.device("cpu")),
         is_first_rank=state.rank == 0,
+        start_timeout_s=config.run.start_timeout_s,
     )
 
 

@@ -24,8 +24,6 @@ from megatron_matpo.trainer.tensors import to_micro_batch
 from megatron_matpo.types import TrainSample
 
 
-
-
 @dataclass(frozen=True)
 class LearnResult:
     """What the updates of one step did."""
@@ -60,7 +58,7 @@ class PolicyLearner:
             RolloutError: there is nothing to train on.
         """
         if not samples:
-            raise RolloutError("the step has no trainable episode: see rollout/failed in its metrics")
+            raise RolloutError("the step has no trainable episode (rollout/failed says how many failed)")
         updates = split_updates(samples, self._config.algo.updates_per_step)
         batches = [self._micro_batches(update) for update in updates]
         if len(updates) > 1 and self._config.algo.old_logprobs == "trainer":

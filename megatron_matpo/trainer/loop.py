@@ -26,6 +26,7 @@ def train(run: Run) -> None:
     """
     config = run.config
     progress = run.resume()
+    run.rollouts.connect()
     run.sync.connect()
     with run.clock.phase("sync"):
         served = run.sync.push(progress.policy_version)
@@ -47,6 +48,5 @@ def train(run: Run) -> None:
                 served = run.sync.push(progress.policy_version)
         evaluation = run.evaluate(step, served)
         run.record(step, batch, samples, advantages, result, evaluation)
-        if run.is_due(config.checkpoint.every, step):
-            run.save(progress)
-    run.finish(progress)
+        run.save(progress)
+    run.finish()

@@ -13,9 +13,7 @@ from megatron_matpo.trainer.process import run_rank
 
 def work(config: Config, run_dir: Path, clock: Clock) -> None:
     """Wire the run and train."""
-    run = build_run(config, run_dir, clock)
-    run.wait_for_roles()
-    train(run)
+    train(build_run(config, run_dir, clock))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every trainer rank does around its work: log file, status, failure record."""
+"""What every trainer rank does around its work: status and failure record."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ ROLE = "trainer"
 def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
     """Run `work` as one trainer rank (torchrun's environment says which).
 
-    Output goes to `logs/trainer-RANK.log`. An error is recorded for the supervisor, with the phase
-    in which it happened, and ends the process with exit code 1.
+    An error is recorded for the supervisor, with the phase in which it happened, and ends the
+    process with exit code 1.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("--run-dir", required=True, type=Path)
     run_dir: Path = parser.parse_args().run_dir
     rank = int(os.environ["RANK"])
-    _redirect_output(run_dir / "logs" / f"{ROLE}-{rank}.log")
     clock = Clock(PhaseWriter(run_dir, ROLE, rank))
     try:
         work(load_resolved(run_dir / "config.yaml"), run_dir, clock)
@@ -37,13 +36,3 @@ def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
         print(text, file=sys.stderr, flush=True)
         # Skips interpreter shutdown: a broken process group could block it for minutes.
         os._exit(1)
-
-
-def _redirect_output(path: Path) -> None:
-    """Send stdout and stderr of this process, C++ output included, to its own log file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -17,9 +18,16 @@ from megatron_matpo.errors import DataError, DeadlineError, RolloutError
 from megatron_matpo.types import PolicyVersion, RolloutBatch
 from megatron_matpo.wire import decode
 
+HEALTH_EVERY_S = 0.2
+HEALTH_TIMEOUT_S = 10.0
+
 
 class Rollouts(Protocol):
     """A source of episodes. All ranks call and all get the same batch."""
+
+    def connect(self) -> None:
+        """Wait until the source can be asked."""
+        ...
 
     def collect(self, step: int, version: PolicyVersion, split: str = "train") -> RolloutBatch:
         """Episodes of `step`, sampled with policy `version`."""
@@ -37,12 +45,38 @@ class ManagerRollouts:
         share: Callable[[bytes | None], bytes],
         *,
         is_first_rank: bool,
+        start_timeout_s: float,
     ) -> None:
         """`share` broadcasts rank 0's bytes to all ranks (see `share_bytes`)."""
         self._config = config
+        self._start_timeout_s = start_timeout_s
         self._url, self._token = url, token
         self._share = share
         self._is_first_rank = is_first_rank
+
+    def connect(self) -> None:
+        """Wait until the manager and its tool servers are ready (rank 0; elsewhere nothing).
+
+        Raises:
+            DeadlineError: `start_timeout_s` passed.
+        """
+        if not self._is_first_rank:
+            return
+        end, detail = time.monotonic() + self._start_timeout_s, "no answer yet"
+        while time.monotonic() < end:
+            try:
+                health = json.loads(self._open("/health", None, HEALTH_TIMEOUT_S))
+            except (OSError, ValueError) as error:
+                detail = str(error)
+            else:
+                if health["ready"]:
+                    return
+                detail = health["detail"]
+            time.sleep(HEALTH_EVERY_S)
+        raise DeadlineError(
+            f"the rollout manager at {self._url} is not ready after {self._start_timeout_s:g} s "
+            f"(run.start_timeout_s): {detail}"
+        )
 
     def collect(self, step: int, version: PolicyVersion, split: str = "train") -> RolloutBatch:
         """As `Rollouts.collect`.
@@ -56,20 +90,9 @@ class ManagerRollouts:
 
     def _request(self, step: int, version: PolicyVersion, split: str) -> bytes:
         body = json.dumps({"step": step, "policy_version": version, "split": split}).encode()
-        request = urllib.request.Request(
-            f"{self._url}/collect",
-            data=body,
-            headers={
-                "Content-Type": "application/json",
-                "Authorization": f"Bearer {self._token}",
-            },
-        )
         limit = self._config.step_timeout_s
-        # No proxy: the manager is on loopback or on the cluster's own interface.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:
-            with opener.open(request, timeout=limit) as response:
-                return response.read()
+            return self._open("/collect", body, limit)
         except urllib.error.HTTPError as error:
             raise RolloutError(f"step {step}: {_reason(error)}") from error
         except TimeoutError as error:
@@ -81,6 +104,14 @@ class ManagerRollouts:
                 f"step {step}: the rollout manager at {self._url} broke off ({error}); "
                 "its reason is in logs/manager.log"
             ) from error
+
+    def _open(self, path: str, body: bytes | None, limit_s: float) -> bytes:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._token}"}
+        request = urllib.request.Request(f"{self._url}{path}", data=body, headers=headers)
+        # No proxy: the manager is on loopback or on the cluster's own interface.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=limit_s) as response:
+            return response.read()
 
 
 def _reason(error: urllib.error.HTTPError) -> str:
@@ -97,6 +128,9 @@ class ReplayRollouts:
     def __init__(self, folder: str) -> None:
         """Keep the folder; a missing step is reported when it is asked for."""
         self._folder = Path(folder)
+
+    def connect(self) -> None:
+        """Nothing to wait for."""
 
     def collect(self, step: int, version: PolicyVersion, split: str = "train") -> RolloutBatch:
         """The recorded batch of `step`, whatever version sampled it.
@@ -119,7 +153,7 @@ def recording_path(folder: Path, step: int) -> Path:
 
 
 def share_bytes(data: bytes | None, group: dist.ProcessGroup, device: torch.device) -> bytes:
-    """Broadcast rank 0's bytes over `group`. All of its ranks call; blocks until rank 0 has data."""
+    """Rank 0's bytes on every rank of `group`, which all call; blocks until rank 0 has data."""
     size = torch.tensor([len(data) if data is not None else 0], dtype=torch.long, device=device)
     dist.broadcast(size, src=0, group=group)
     buffer = torch.empty(int(size.item()), dtype=torch.uint8, device=device)

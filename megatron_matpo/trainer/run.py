@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +19,9 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
 from megatron_matpo.trainer.rollouts import Rollouts
 from megatron_matpo.types import PolicyVersion, RolloutBatch, TrainSample
+
+CHECKPOINTS = "checkpoints"
+"""Folder of the run that holds them."""
 
 
 class WeightSync(Protocol):
@@ -104,16 +107,10 @@ class Run:
 
     def resume(self) -> Progress:
         """Load the last checkpoint, or the initial model where there is none."""
-        self.clock.enter("load")
-        saved = self.actor.restore(self.run_dir / "checkpoints")
-        progress = Progress() if saved is None else Progress(**saved)
+        progress = load_progress(self.actor, self.run_dir, self.clock)
         if self.log is not None:
             self.log.resume_after(progress.step)
         return progress
-
-    def is_due(self, every: int, step: int) -> bool:
-        """Whether something done each `every` steps (0: never) is due after `step`."""
-        return every > 0 and step % every == 0
 
     def record(
         self,
@@ -142,35 +139,25 @@ class Run:
         }
         self.log.metrics(step, values)
         self.log.rollouts(batch, advantages)
-        if self.is_due(self.config.obs.report_every, step):
+        if is_due(self.config.obs.report_every, step):
             self.log.report()
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint; the one before stays until this one is complete."""
-        self.clock.enter("checkpoint")
-        self.actor.save(
-            self.run_dir / "checkpoints",
-            progress.step,
-            {
-                "step": progress.step,
-                "policy_version": progress.policy_version,
-                "num_updates": progress.num_updates,
-            },
-            keep_last=self.config.checkpoint.keep_last,
-        )
+        """Write a checkpoint if one is due; the one before stays until this one is complete."""
+        last = progress.step == self.config.run.steps
+        if last or is_due(self.config.checkpoint.every, progress.step):
+            save_progress(self.actor, self.run_dir, progress, self.clock)
 
     def evaluate(self, step: int, version: PolicyVersion) -> dict[str, float]:
         """`eval/...` metrics of the first rows of `data.eval`, if an evaluation is due."""
-        if not self.is_due(self.config.data.eval_every, step):
+        if not is_due(self.config.data.eval_every, step):
             return {}
         self.clock.enter("evaluate")
         batch = self.rollouts.collect(step, version, "eval")
         return {f"eval/{name}": value for name, value in reward_metrics(batch).items()}
 
-    def finish(self, progress: Progress) -> None:
-        """Last checkpoint, Hugging Face export, report; close everything."""
-        if not self.is_due(self.config.checkpoint.every, progress.step):
-            self.save(progress)
+    def finish(self) -> None:
+        """Hugging Face export and report; close everything."""
         if self.config.checkpoint.export_hf:
             self.clock.enter("export")
             self.actor.save_hf(self.run_dir / "checkpoints" / "hf")
@@ -179,6 +166,31 @@ class Run:
             self.log.report()
             self.log.close()
         self.clock.enter("finished")
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether something done each `every` steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
+
+
+def load_progress(actor: MegatronActor, run_dir: Path, clock: Clock) -> Progress:
+    """Restore the actor from the run's last checkpoint, or load the initial model. All ranks call.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+    """
+    clock.enter("load")
+    saved = actor.restore(run_dir / CHECKPOINTS)
+    if saved is None:
+        actor.load_initial()
+        return Progress()
+    return Progress(**saved)
+
+
+def save_progress(actor: MegatronActor, run_dir: Path, progress: Progress, clock: Clock) -> None:
+    """Write a checkpoint of `progress`. All ranks call."""
+    clock.enter("checkpoint")
+    actor.save(run_dir / CHECKPOINTS, progress.step, asdict(progress))
 
 
 def reward_metrics(batch: RolloutBatch) -> dict[str, float]:

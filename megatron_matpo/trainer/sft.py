@@ -1,0 +1,56 @@
+"""Supervised training with the same actor (`matpo sft`): a cold start before MATPO.
+
+Entry of a rank: `python -m megatron_matpo.trainer.sft --run-dir RUN`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron_matpo.config import Config
+from megatron_matpo.data.conversations import batch_indices, read_conversations
+from megatron_matpo.data.schedule import num_trained_tokens
+from megatron_matpo.data.tokenizer import Tokenizer
+from megatron_matpo.trainer.actor import build_actor
+from megatron_matpo.trainer.clock import Clock
+from megatron_matpo.trainer.learner import SupervisedLearner
+from megatron_matpo.trainer.process import run_rank
+from megatron_matpo.trainer.run import Progress, RunLog, is_due, load_progress, save_progress
+
+
+def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
+    """Train for `sft.steps` updates on `sft.data` and export a Hugging Face folder. All ranks call.
+
+    Raises:
+        DataError: a conversation is malformed.
+        NonFiniteError: before the optimizer moved.
+    """
+    tokenizer = Tokenizer.load(config.model.path)
+    samples = read_conversations(config.sft.data, tokenizer, config.rollout.context_length)
+    state, actor = build_actor(config, clock)
+    learner = SupervisedLearner(config, actor, state)
+    log = RunLog(config, run_dir) if state.is_logging_rank else None
+    progress = load_progress(actor, run_dir, clock)
+    if log is not None:
+        log.resume_after(progress.step)
+    while progress.step < config.sft.steps:
+        step = progress.step + 1
+        with clock.step(step), clock.phase("train"):
+            rows = batch_indices(len(samples), config.sft.batch_size, config.run.seed, step)
+            batch = [samples[row] for row in rows]
+            result = learner.learn(batch, progress.num_updates)
+        progress = Progress(step, step, step)
+        if log is not None:
+            tokens = {"tokens/trained": num_trained_tokens(batch)}
+            log.metrics(step, {**result.metrics, **clock.metrics, **tokens}, partial=True)
+        if step == config.sft.steps or is_due(config.checkpoint.every, step):
+            save_progress(actor, run_dir, progress, clock)
+    clock.enter("export")
+    actor.save_hf(config.sft.export or run_dir / "checkpoints" / "hf")
+    if log is not None:
+        log.close()
+    clock.enter("finished")
+
+
+if __name__ == "__main__":
+    run_rank(train_supervised)

@@ -1,0 +1,413 @@
+"""The pool against real stdio servers: the bundled one, and `rogue_server.py`, which misbehaves.
+
+Proven: concurrency and order, deadlines with their names, restarts, what counts as the tool's error
+and what as infrastructure, and that no process or file handle is left. Not proven: anything about
+servers on the network.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_matpo.agents.tools import ToolReply
+from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.errors import ToolError
+from megatron_matpo.mcp_tools import process
+from megatron_matpo.mcp_tools.pool import McpToolBox, cut_text
+
+ROGUE = str(Path(__file__).with_name("rogue_server.py"))
+
+
+def rogue(*arguments: str, **settings: object) -> McpServerConfig:
+    defaults: dict[str, object] = {"start_timeout_s": 20.0, "call_timeout_s": 20.0}
+    return McpServerConfig("python", [ROGUE, *arguments], **(defaults | settings))  # type: ignore
+
+
+def with_box(
+    tmp_path: Path,
+    servers: dict[str, McpServerConfig],
+    body: Callable[[McpToolBox], Awaitable[object]],
+    **settings: int,
+) -> None:
+    """Run `body` with started servers; afterwards none of them may be left."""
+
+    async def run() -> None:
+        box = McpToolBox(ToolsConfig(servers, **settings), tmp_path)
+        async with box:
+            pids = box.pids()
+            await body(box)
+            pids += box.pids()
+        assert not [pid for pid in pids if psutil.pid_exists(pid)]
+        assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+    asyncio.run(run())
+
+
+def failing_start(tmp_path: Path, config: McpServerConfig) -> tuple[str, float]:
+    """(message, seconds) of a start that must fail; no child may be left."""
+
+    async def run() -> str:
+        with pytest.raises(ToolError) as caught:
+            await McpToolBox(ToolsConfig({"web": config}), tmp_path).start()
+        return str(caught.value)
+
+    begin = time.perf_counter()
+    message = asyncio.run(run())
+    took_s = time.perf_counter() - begin
+    assert "'web'" in message
+    assert not [item for item in psutil.Process().children() if ROGUE in item.cmdline()]
+    return message, took_s
+
+
+def test_the_bundled_server_end_to_end(tmp_path: Path) -> None:
+    documents = tmp_path / "docs.jsonl"
+    documents.write_text('{"url": "https://x.org/a", "title": "A", "text": "The bell is loud."}\n')
+    config = McpServerConfig(
+        "python",
+        ["-m", "megatron_matpo.mcp_tools.corpus_server", "--documents", str(documents)],
+    )
+
+    async def body(box: McpToolBox) -> None:
+        assert [(spec.server, spec.name) for spec in box.specs()] == [
+            ("web", "google_search"),
+            ("web", "scrape"),
+        ]
+        assert box.specs()[1].input_schema["required"] == ["url"]
+        reply = await box.call("web", "google_search", {"q": "bell", "gl": "us", "hl": "en"})
+        link = json.loads(reply.text)["organic"][0]["link"]
+        page = await box.call("web", "scrape", {"url": link})
+        assert json.loads(page.text)["text"] == "The bell is loud."
+        bad = await box.call("web", "scrape", {"url": "https://other.org"})
+        assert bad.is_error and "google_search" in bad.text
+        unknown = await box.call("web", "no_such_tool", {})
+        assert unknown.is_error and "no_such_tool" in unknown.text
+
+    with_box(tmp_path, {"web": config}, body)
+
+
+def test_many_calls_are_answered_in_parallel_and_each_by_its_own_reply(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        begin = time.perf_counter()
+        naps = [box.call("a", "sleep", {"seconds": 0.3}) for _ in range(20)]
+        echoes = [box.call("a", "echo", {"text": f"line {i}\n\u2028 é 🎉"}) for i in range(200)]
+        replies = await asyncio.gather(*naps, *echoes)
+        assert time.perf_counter() - begin < 5.0, "20 naps of 0.3 s one after another take 6 s"
+        assert [reply.text for reply in replies[20:]] == [
+            f"line {i}\n\u2028 é 🎉" for i in range(200)
+        ]
+        assert [spec.name for spec in box.specs()] == ["echo", "sleep", "die", "pid"], "both pages"
+        metrics = box.take_metrics()
+        assert metrics["tools/calls"] == 220 and metrics["tools/failures"] == 0
+        assert box.take_metrics()["tools/calls"] == 0
+
+    with_box(tmp_path, {"a": rogue(max_concurrency=256)}, body)
+
+
+def test_concurrency_is_bounded_and_spread_over_processes(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        assert len(box.pids()) == 2
+        begin = time.perf_counter()
+        await asyncio.gather(*(box.call("a", "sleep", {"seconds": 0.2}) for _ in range(8)))
+        assert time.perf_counter() - begin >= 0.75, "8 calls, 2 at a time, 0.2 s each"
+        replies = await asyncio.gather(*(box.call("a", "pid", {}) for _ in range(8)))
+        assert {int(reply.text) for reply in replies} == set(box.pids())
+
+    with_box(tmp_path, {"a": rogue(num_processes=2, max_concurrency=2)}, body)
+
+
+def test_all_servers_start_at_the_same_time(tmp_path: Path) -> None:
+    servers = {name: rogue("slow", "1.0") for name in "abcd"}
+    begin = time.perf_counter()
+
+    async def body(box: McpToolBox) -> None:
+        assert time.perf_counter() - begin < 3.5, "one after another they take more than 4 s"
+
+    with_box(tmp_path, servers, body)
+
+
+@pytest.mark.parametrize(
+    ("tool", "expected"),
+    [
+        ("refuse", ToolReply("Error: q is required", True)),
+        ("code_of_closed", ToolReply("Error: my own error", True)),
+        ("tool_error", ToolReply("no such page", True)),
+        ("parts", ToolReply("one\n[image content is not shown]", False)),
+        ("structured", ToolReply('{"a": 1}', False)),
+        ("half_pair", ToolReply("cut ?", False)),
+        ("noise", ToolReply("after noise", False)),
+    ],
+)
+def test_what_a_tool_says_is_a_reply(tmp_path: Path, tool: str, expected: ToolReply) -> None:
+    async def body(box: McpToolBox) -> None:
+        assert await box.call("a", tool, {}) == expected
+        assert box.take_metrics()["tools/errors"] == expected.is_error
+
+    with_box(tmp_path, {"a": rogue("banner")}, body)
+
+
+def test_infrastructure_failures_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KEY", "sesame-open")
+
+    async def body(box: McpToolBox) -> None:
+        with pytest.raises(ToolError, match=r"service behind it failed: fetch failed \*\*\*$"):
+            await box.call("a", "outage", {})
+        with pytest.raises(ToolError, match="a/nonsense: the server broke the protocol"):
+            await box.call("a", "nonsense", {})
+        with pytest.raises(ToolError, match="no tool server is called 'b'"):
+            await box.call("b", "echo", {})
+        assert (await box.call("a", "echo", {"text": "fine"})).text == "fine"
+        assert box.take_metrics()["tools/failures"] == 2
+
+    with_box(tmp_path, {"a": rogue(env_from=["KEY"])}, body)
+
+
+def test_arguments_with_half_a_surrogate_pair_are_sent(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        assert (await box.call("a", "echo", {"text": "half \ud83d"})).text == "half ?"
+
+    with_box(tmp_path, {"a": rogue()}, body)
+
+
+def test_a_long_reply_is_cut_visibly_and_read_quickly(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        begin = time.perf_counter()
+        reply = await box.call("a", "big", {"chars": 10_000_000})
+        assert time.perf_counter() - begin < 5.0
+        assert reply.text == "x" * 100 + "\n[... cut: 100 of 10000000 characters shown]"
+
+    with_box(tmp_path, {"a": rogue()}, body, result_max_chars=100)
+    assert cut_text("abc", 3) == "abc"
+
+
+def test_a_reply_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "MAX_LINE_BYTES", 100_000)
+
+    async def body(box: McpToolBox) -> None:
+        with pytest.raises(ToolError, match="died in each of 3 attempts"):
+            await box.call("a", "big", {"chars": 5_000_000})
+
+    with_box(tmp_path, {"a": rogue()}, body)
+
+
+def test_a_call_past_its_deadline_names_the_setting(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        begin = time.perf_counter()
+        with pytest.raises(
+            ToolError, match=r"a/sleep: .*tools\.servers\.a\.call_timeout_s = 0\.5 s"
+        ):
+            await box.call("a", "sleep", {"seconds": 30})
+        assert time.perf_counter() - begin < 3.0
+        assert (await box.call("a", "echo", {"text": "still here"})).text == "still here"
+        assert box.take_metrics()["tools/restarts"] == 0, "it answers pings: it is only slow"
+
+    with_box(tmp_path, {"a": rogue(call_timeout_s=0.5)}, body)
+
+
+def test_a_server_that_hangs_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_matpo.mcp_tools.connection.PING_TIMEOUT_S", 0.5)
+
+    async def body(box: McpToolBox) -> None:
+        (before,) = box.pids()
+        with pytest.raises(ToolError, match="no answer within"):
+            await box.call("a", "sleep", {"seconds": 60})
+        for _ in range(100):
+            await asyncio.sleep(0.05)
+            if box.pids() not in ([], [before]):
+                break
+        assert (await box.call("a", "echo", {"text": "new"})).text == "new"
+        assert not psutil.pid_exists(before)
+        assert box.take_metrics()["tools/restarts"] == 1
+
+    with_box(tmp_path, {"a": rogue("single", call_timeout_s=1.5)}, body)
+
+
+def test_a_crash_during_a_call_restarts_and_retries(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        marker = {"marker": str(tmp_path / "marker")}
+        replies = await asyncio.gather(
+            box.call("a", "sleep", {"seconds": 0.2}),
+            box.call("a", "die_once", marker),
+            box.call("a", "echo", {"text": "x"}),
+        )
+        assert [reply.text for reply in replies] == ["slept 0.2", "survived", "x"]
+        metrics = box.take_metrics()
+        assert metrics["tools/restarts"] == 1 and metrics["tools/failures"] == 0
+
+    with_box(tmp_path, {"a": rogue()}, body)
+    assert "dying as told" in (tmp_path / "tool-a-0.log").read_text()
+
+
+def test_a_call_that_always_kills_the_server_gives_up(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        with pytest.raises(
+            ToolError, match="a/die: the server died in each of 3 attempts"
+        ) as caught:
+            await box.call("a", "die", {})
+        assert "exited with code 7" in str(caught.value)
+        assert (await box.call("a", "echo", {"text": "back"})).text == "back"
+
+    with_box(tmp_path, {"a": rogue()}, body)
+
+
+def test_a_server_that_cannot_come_back_fails_calls_quickly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_matpo.mcp_tools.connection.MAX_QUICK_RESTARTS", 2)
+
+    async def body(box: McpToolBox) -> None:
+        begin = time.perf_counter()
+        with pytest.raises(ToolError, match="tool server 'a' keeps dying") as caught:
+            await box.call("a", "die", {})
+        assert "exited with code 4" in str(caught.value)
+        with pytest.raises(ToolError, match="keeps dying"):
+            await box.call("a", "echo", {})
+        assert time.perf_counter() - begin < 10.0
+
+    with_box(tmp_path, {"a": rogue("flaky", str(tmp_path / "count"))}, body)
+
+
+def test_a_server_that_exits_at_start(tmp_path: Path) -> None:
+    message, took_s = failing_start(tmp_path, rogue("exit"))
+    assert "did not start: it exited with code 3" in message
+    assert f"{ROGUE} exit" in message and "cannot find my configuration" in message
+    assert took_s < 5.0
+
+
+def test_a_server_that_speaks_garbage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "GARBAGE_GRACE_S", 0.3)
+    message, took_s = failing_start(tmp_path, rogue("garbage"))
+    assert "does not speak MCP: it wrote '<html>this is not a protocol</html>'" in message
+    assert took_s < 5.0
+
+
+def test_a_server_that_never_answers_at_start(tmp_path: Path) -> None:
+    message, took_s = failing_start(tmp_path, rogue("mute", start_timeout_s=0.5))
+    assert "did not start within tools.servers.web.start_timeout_s = 0.5 s" in message
+    assert took_s < 6.0
+
+
+def test_a_missing_program(tmp_path: Path) -> None:
+    message, _ = failing_start(tmp_path, McpServerConfig("no-such-program-here", ["--x"]))
+    assert "no such program: 'no-such-program-here'" in message
+    assert "no-such-program-here --x" in message
+
+
+def test_one_bad_server_stops_the_others(tmp_path: Path) -> None:
+    async def run() -> None:
+        box = McpToolBox(ToolsConfig({"good": rogue(), "web": rogue("exit")}), tmp_path)
+        with pytest.raises(ToolError, match="'web'"):
+            await box.start()
+        assert box.pids() == []
+
+    asyncio.run(run())
+    assert not [item for item in psutil.Process().children() if ROGUE in item.cmdline()]
+
+
+def test_the_environment_is_minimal_and_secrets_stay_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MY_SECRET", "sesame-open")
+    monkeypatch.setenv("UNRELATED", "1")
+    monkeypatch.setenv("https_proxy", "http://proxy:1")
+    caplog.set_level("DEBUG")
+
+    async def body(box: McpToolBox) -> None:
+        env = json.loads((await box.call("a", "env", {})).text)
+        assert env["MY_SECRET"] == "sesame-open"
+        assert env["PLAIN"] == "value"
+        assert env["https_proxy"] == "http://proxy:1"
+        assert "UNRELATED" not in env and "PATH" in env
+
+    config = rogue(env={"PLAIN": "value"}, env_from=["MY_SECRET"])
+    with_box(tmp_path, {"a": config}, body)
+    shown = rogue("exit", "sesame-open", env_from=["MY_SECRET"])
+    message, _ = failing_start(tmp_path, shown)
+    assert "sesame-open" not in message + caplog.text
+
+
+def test_a_variable_that_is_not_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match=r"tools\.servers\.a\.env_from names NO_SUCH_KEY, which is"):
+        McpToolBox(ToolsConfig({"a": rogue(env_from=["PATH", "NO_SUCH_KEY"])}), tmp_path)
+
+
+def test_close_kills_what_does_not_want_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "EXIT_GRACE_S", 0.3)
+
+    async def body(box: McpToolBox) -> None:
+        await box.call("a", "echo", {"text": "x"})
+
+    with_box(tmp_path, {"a": rogue("stubborn", num_processes=2)}, body)
+
+
+def test_close_ends_calls_in_flight_and_leaves_no_file_handle(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        call = asyncio.create_task(box.call("a", "sleep", {"seconds": 1}))
+        await asyncio.sleep(0.1)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await box.close()
+        with pytest.raises(ToolError, match="tool server 'a' is closed"):
+            await box.call("a", "echo", {})
+
+    def handles() -> int:
+        return psutil.Process().num_fds()
+
+    with_box(tmp_path, {"a": rogue()}, body)
+    before = handles()
+    for _ in range(3):
+        with_box(tmp_path, {"a": rogue(num_processes=2)}, body)
+    assert handles() == before
+
+
+CLIENT = """
+import asyncio, sys
+from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.mcp_tools.pool import McpToolBox
+
+async def main():
+    servers = {mode: McpServerConfig("python", [sys.argv[1], mode]) for mode in ("ok", "single")}
+    async with McpToolBox(ToolsConfig(servers), sys.argv[2]) as box:
+        call = asyncio.create_task(box.call("single", "sleep", {"seconds": 100}))
+        await asyncio.sleep(0.3)
+        print(*box.pids(), flush=True)
+        await call
+
+asyncio.run(main())
+"""
+
+
+def test_no_server_survives_a_killed_client(tmp_path: Path) -> None:
+    """One server reads its stdin and sees its end; the other hangs, and gets the signal."""
+    command = [sys.executable, "-c", CLIENT, ROGUE, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        pids = [int(word) for word in client.stdout.readline().split()]
+        assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+        os.kill(client.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10.0
+    while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [pid for pid in pids if _runs(pid)]
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

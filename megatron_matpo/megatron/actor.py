@@ -1,0 +1,163 @@
+"""The trainer's model behind one small interface: score, update, export, save, restore.
+
+Every method is collective: all trainer ranks call it, in the same order. Data-parallel replicas
+bring their own micro-batches, equally many; ranks of one replica bring the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from torch import Tensor
+
+from megatron_matpo.config import Config
+from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.errors import NonFiniteError
+from megatron_matpo.megatron import checkpoint, hf_io, optimizer
+from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.model import build_model, wrap_ddp
+from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.schedule import LossFn, forward_backward, forward_logprobs
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one optimizer update did; equal on all ranks."""
+
+    loss: float
+    """Sum of `loss_fn` over all micro-batches and data-parallel ranks."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Sums (`/max`: maxima) over all micro-batches and data-parallel ranks; without `loss`."""
+
+
+class MegatronActor:
+    """Owns this rank's parameters and optimizer state."""
+
+    def __init__(self, config: Config, hf: HfModelConfig, state: ParallelState) -> None:
+        """Build model and optimizer; weights are undefined until `load_initial` or `restore`.
+
+        Raises:
+            ConfigError: the layout does not divide the model.
+        """
+        self._config, self._hf, self._state = config, hf, state
+        self._models = wrap_ddp(config, build_model(config, hf, state))
+        self._optimizer = optimizer.build_optimizer(config, self._models)
+
+    def load_initial(self) -> None:
+        """Take the weights of `model.path`, or seeded random ones with `model.random_init`.
+
+        Raises:
+            ConfigError: the folder does not hold the model that its config.json describes.
+        """
+        if self._config.model.random_init:
+            hf_io.init_random(self._models, self._hf, self._config.run.seed, self._state)
+        else:
+            hf_io.load_hf(self._models, self._hf, self._config.model.path, self._state)
+        # The fp32 copies that a bf16 model trains were made from undefined weights.
+        self._optimizer.reload_model_params()
+
+    def score(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        """Log-probs and entropies, [b, s] float32 on the CPU, 0 where the loss mask is 0."""
+        for model in self._models:
+            model.eval()
+        return forward_logprobs(
+            self._models,
+            micro_batches,
+            self._state,
+            self._config,
+            vocab_size=self._hf.vocab_size,
+        )
+
+    def update(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, update_index: int
+    ) -> UpdateResult:
+        """One optimizer update.
+
+        Args:
+            micro_batches: this replica's share of the update.
+            loss_fn: see `schedule.LossFn`; already divided by the whole update's denominator.
+            update_index: updates made before this one; sets the learning rate.
+
+        Raises:
+            NonFiniteError: loss or gradient norm is not finite; parameters and optimizer state are
+                as before, and the actor can be used further.
+        """
+        for model in self._models:
+            model.train()
+            model.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        results = forward_backward(
+            self._models,
+            micro_batches,
+            loss_fn,
+            self._state,
+            self._config,
+            vocab_size=self._hf.vocab_size,
+        )
+        metrics = self._reduce(results)
+        loss = metrics.pop("loss")
+        if not math.isfinite(loss):
+            raise NonFiniteError(f"loss {loss} at update {update_index}; nothing was changed")
+        grad_norm = optimizer.step(self._optimizer, self._config.optim, update_index)
+        lr = optimizer.learning_rate(self._config.optim, update_index)
+        return UpdateResult(loss, grad_norm, lr, metrics)
+
+    def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Combine the metrics of all micro-batches of all replicas; equal on every rank."""
+        reduced: list[Any] = [None]
+        if self._state.is_last_stage:
+            names = sorted(results[0])
+            values = torch.stack(
+                [torch.stack([r[name].float().reshape(()) for r in results]) for name in names]
+            )
+            is_max = torch.tensor([name.endswith("/max") for name in names], device=values.device)
+            sums, maxima = values.sum(dim=1), values.amax(dim=1)
+            if self._state.dp_size > 1:
+                group = mpu.get_data_parallel_group(with_context_parallel=True)
+                dist.all_reduce(sums, group=group)
+                dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+            combined = torch.where(is_max, maxima, sums).tolist()
+            reduced = [dict(zip(names, combined, strict=True))]
+        if self._state.pp_size > 1:
+            source = mpu.get_pipeline_model_parallel_last_rank()
+            group = mpu.get_pipeline_model_parallel_group()
+            dist.broadcast_object_list(reduced, src=source, group=group)
+        return reduced[0]
+
+    def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors by Hugging Face name on rank 0; see `hf_io.iter_hf_tensors`."""
+        return hf_io.iter_hf_tensors(self._models, self._hf, self._state, dtype)
+
+    def save(self, folder: str | Path, step: int, extra: dict[str, Any]) -> None:
+        """Write checkpoint `step` under `folder`; see `checkpoint.save_checkpoint`."""
+        checkpoint.save_checkpoint(
+            folder,
+            step,
+            self._models,
+            self._optimizer,
+            extra,
+            self._state,
+            self._config.checkpoint.keep_last,
+        )
+
+    def restore(self, folder: str | Path) -> dict[str, Any] | None:
+        """Take the state of the latest checkpoint; None, and no change, if there is none.
+
+        Raises:
+            CheckpointError: the checkpoint is incomplete or belongs to another model.
+        """
+        return checkpoint.load_checkpoint(folder, self._models, self._optimizer, self._state)
+
+    def save_hf(self, folder: str | Path) -> None:
+        """Write the policy as a Hugging Face folder; see `hf_io.save_hf`."""
+        hf_io.save_hf(self._models, self._hf, folder, self._state, self._config.model.path)

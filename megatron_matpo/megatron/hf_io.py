@@ -1,0 +1,316 @@
+"""Weights between Hugging Face folders and this rank's part of the model.
+
+Invariants:
+
+* no rank reads more of a folder than its own part plus one tensor;
+* full tensors exist one at a time, on global rank 0 only;
+* the order of `iter_hf_tensors` is the same for every layout and every call;
+* a folder that `save_hf` wrote is complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as mpu
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.mapping import (
+    Placed,
+    Slicer,
+    hf_shapes,
+    hf_tensors,
+    local_part,
+    placed_rules,
+)
+from megatron_matpo.megatron.model import PolicyModel, unwrap
+from megatron_matpo.megatron.parallel import ParallelState
+
+_INDEX = "model.safetensors.index.json"
+_SHARD_BYTES = 4 << 30
+# What transformers initialises Qwen3 with (`initializer_range`).
+_INIT_STD = 0.02
+
+
+class _Folder:
+    """Reads parts of tensors from the safetensors files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / _INDEX
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            self._file_of = {name: folder / file for name, file in weight_map.items()}
+        else:
+            self._file_of = {}
+            for file in sorted(folder.glob("*.safetensors")):
+                with safe_open(file, framework="pt") as reader:
+                    self._file_of |= dict.fromkeys(reader.keys(), file)
+        if not self._file_of:
+            raise ConfigError(f"model.path={str(folder)!r}: the folder has no *.safetensors file")
+        self._folder = folder
+        self._open_file: Path | None = None
+
+    def check(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raise ConfigError if a tensor is missing."""
+        missing = [name for name in shapes if name not in self._file_of]
+        if missing:
+            raise ConfigError(
+                f"model.path={str(self._folder)!r}: {len(missing)} of {len(shapes)} tensors are "
+                f"missing from the safetensors files, first {missing[0]!r}"
+            )
+
+    def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
+        """See `mapping.Slicer`."""
+        file = self._file_of[name]
+        if file != self._open_file:
+            # Rules follow the order of the files, so this happens about once per file.
+            self._reader, self._open_file = safe_open(file, framework="pt"), file
+        if dim is None:
+            return self._reader.get_tensor(name)
+        part = self._reader.get_slice(name)
+        return part[start:stop] if dim == 0 else part[:, start:stop]
+
+
+class _Random:
+    """Seeded weights that depend on the name only, not on the layout or on who reads them."""
+
+    def __init__(self, hf: HfModelConfig, seed: int) -> None:
+        self._shapes, self._seed = hf_shapes(hf), seed
+
+    def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
+        """See `mapping.Slicer`. Norms are 1, everything else is normal."""
+        shape = self._shapes[name]
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        full = torch.randn(shape, generator=generator).mul_(_INIT_STD)
+        if dim is None:
+            return full
+        return full[start:stop] if dim == 0 else full[:, start:stop]
+
+
+@torch.no_grad()
+def _fill(models: Sequence[PolicyModel], hf: HfModelConfig, read: Slicer, state: ParallelState):
+    """Copy every parameter of this stage from `read`, and make sure that none was forgotten."""
+    parameters = dict(unwrap(models[0]).named_parameters())
+    filled = set()
+    for rule in placed_rules(hf, state.pp_size):
+        if rule.stage != state.pp_rank:
+            continue
+        target = rule.parameter(parameters)
+        part = local_part(rule, read, hf, state.tp_rank, state.tp_size)
+        if part.shape != target.shape:
+            raise ConfigError(
+                f"{hf.folder}: {', '.join(rule.hf)} give a parameter of shape {list(part.shape)}, "
+                f"but config.json means {list(target.shape)}"
+            )
+        target.copy_(part)
+        filled.add(id(target))
+    forgotten = [name for name, p in parameters.items() if id(p) not in filled]
+    assert not forgotten, f"megatron.mapping has no rule for {forgotten}"
+
+
+def load_hf(
+    models: Sequence[PolicyModel], hf: HfModelConfig, folder: str | Path, state: ParallelState
+) -> None:
+    """Fill this rank's parameters from `folder`. Every rank calls; nothing is communicated.
+
+    Raises:
+        ConfigError: no safetensors file, or a tensor is missing or has another shape than
+            `config.json` says.
+    """
+    source = _Folder(Path(folder))
+    source.check(hf_shapes(hf))
+    _fill(models, hf, source.read, state)
+
+
+def init_random(
+    models: Sequence[PolicyModel], hf: HfModelConfig, seed: int, state: ParallelState
+) -> None:
+    """Fill this rank's parameters with seeded random weights, the same for every layout."""
+    _fill(models, hf, _Random(hf, seed).read, state)
+
+
+def iter_hf_tensors(
+    models: Sequence[PolicyModel],
+    hf: HfModelConfig,
+    state: ParallelState,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors by Hugging Face name, on global rank 0, on its device.
+
+    Collective: every rank iterates to the end; ranks other than 0 get nothing out of it. A tensor
+    belongs to the caller and is made only when asked for, so at most one is in flight. Waits are
+    bounded by `train.timeout_s`.
+
+    Args:
+        models: this rank's chunks.
+        hf: shape of the model.
+        state: this rank's position.
+        dtype: convert on the way; None keeps the parameters' own.
+    """
+    if state.dp_rank or state.cp_rank:
+        return
+    parameters = dict(unwrap(models[0]).named_parameters())
+    some = next(iter(parameters.values()))
+    dtype = dtype or some.dtype
+    shapes = hf_shapes(hf)
+    for rule in placed_rules(hf, state.pp_size):
+        if rule.is_copy:
+            continue
+        full: dict[str, Tensor] = {}
+        if rule.stage == state.pp_rank:
+            full = _gather(rule, parameters, hf, state, dtype)
+        if rule.stage > 0 and state.tp_rank == 0:
+            full = _to_first_stage(rule, full, shapes, state, dtype)
+        if state.rank == 0:
+            yield from full.items()
+
+
+def _gather(
+    rule: Placed,
+    parameters: dict[str, Tensor],
+    hf: HfModelConfig,
+    state: ParallelState,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Collect the shards of a parameter on the first tensor-parallel rank of its stage."""
+    local = rule.parameter(parameters).detach().to(dtype).contiguous()
+    shards = [local]
+    if state.tp_size > 1 and rule.sharding != "replicated":
+        is_root = state.tp_rank == 0
+        shards = [torch.empty_like(local) for _ in range(state.tp_size)] if is_root else []
+        group = mpu.get_tensor_model_parallel_group()
+        dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
+    if state.tp_rank:
+        return {}
+    full = hf_tensors(rule, shards, hf)
+    # Without a gather or a conversion these could still be the model's own memory.
+    own = parameters and rule.parameter(parameters).untyped_storage().data_ptr()
+    return {
+        name: tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor
+        for name, tensor in full.items()
+    }
+
+
+def _to_first_stage(
+    rule: Placed,
+    full: dict[str, Tensor],
+    shapes: dict[str, tuple[int, ...]],
+    state: ParallelState,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Move a later stage's tensors to global rank 0; the stages in between do nothing."""
+    group = mpu.get_pipeline_model_parallel_group()
+    if state.pp_rank == rule.stage:
+        for name in rule.hf:
+            dist.send(full[name].contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+        return {}
+    if state.pp_rank > 0:
+        return {}
+    received = {}
+    for name in rule.hf:
+        received[name] = torch.empty(shapes[name], dtype=dtype, device=state.device)
+        source = dist.get_global_rank(group, rule.stage)
+        dist.recv(received[name], src=source, group=group)
+    return received
+
+
+def save_hf(
+    models: Sequence[PolicyModel],
+    hf: HfModelConfig,
+    folder: str | Path,
+    state: ParallelState,
+    source_folder: str | Path,
+) -> None:
+    """Write the model as a Hugging Face folder; config and tokenizer come from `source_folder`.
+
+    Collective: every rank calls and returns once the folder is in place. Only rank 0 writes: into
+    `FOLDER.tmp`, flushed to disk, then renamed; an older `folder` is replaced.
+    """
+    target = Path(folder)
+    tensors = iter_hf_tensors(models, hf, state)
+    if not state.is_logging_rank:
+        for _ in tensors:
+            raise AssertionError("only global rank 0 receives tensors")
+        dist.barrier()
+        return
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    _write_tensors(tensors, temporary)
+    for file in sorted(Path(source_folder).iterdir()):
+        if file.is_file() and not file.name.startswith("model.safetensors"):
+            if file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
+                shutil.copyfile(file, temporary / file.name)
+    replace_folder(temporary, target)
+    dist.barrier()
+
+
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """One file, or numbered files of at most about `_SHARD_BYTES` and an index."""
+    shards: list[list[str]] = []
+    pending: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+
+    def flush() -> None:
+        save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+        pending.clear()
+
+    for name, tensor in tensors:
+        sizes[name] = tensor.nbytes
+        if pending and sum(sizes[n] for n in pending) + tensor.nbytes > _SHARD_BYTES:
+            flush()
+        pending[name] = tensor.cpu()
+    flush()
+    if len(shards) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{i}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file, or a folder and everything in it."""
+    if path.is_dir():
+        for child in path.iterdir():
+            flush_to_disk(child)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Put `temporary` in place of `target` once it is on disk.
+
+    A folder cannot be replaced in one system call; an older `target` is moved aside first, so that
+    at every moment one complete folder exists under one of the two names.
+    """
+    flush_to_disk(temporary)
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    flush_to_disk(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,186 @@
+"""The trainer's process groups: who am I, and which part of the model and of the batch is mine.
+
+Rank order is Megatron's default, tensor fastest, then context, data, pipeline; so global rank 0 is
+the first rank of every dimension.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_matpo.config import Config
+from megatron_matpo.errors import ConfigError, DeadlineError
+from megatron_matpo.megatron import cpu_backend
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """Position of this process in the layout; sizes are those of `parallel.*`."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    cp_rank: int
+    cp_size: int
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output layer; the only stage that computes log-probs and losses."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_logging_rank(self) -> bool:
+        """Global rank 0: logs, writes files, talks to the engines."""
+        return self.rank == 0
+
+
+def resolve_precision(config: Config) -> torch.dtype:
+    """dtype of the parameters: `precision`, with `auto` meaning fp32 on CPU and bf16 on GPU.
+
+    Raises:
+        ConfigError: bf16 on a GPU that has none, or an unknown word.
+    """
+    word = config.precision
+    if word == "auto":
+        word = "fp32" if config.cluster.device == "cpu" else "bf16"
+    if word not in ("fp32", "bf16"):
+        raise ConfigError(f"precision={config.precision!r}: expected auto, fp32 or bf16")
+    if word == "bf16" and config.cluster.device == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ConfigError("precision=bf16: this GPU has no bf16; use precision=fp32")
+    return torch.float32 if word == "fp32" else torch.bfloat16
+
+
+def _check(config: Config, world_size: int) -> None:
+    """Refuse what cannot run, before any process waits for another."""
+    parallel = config.parallel
+    if parallel.world_size != world_size:
+        raise ConfigError(
+            f"parallel.tensor x pipeline x context x data = {parallel.tensor} x "
+            f"{parallel.pipeline} x {parallel.context} x {parallel.data} = {parallel.world_size}, "
+            f"but {world_size} trainer ranks were started"
+        )
+    if parallel.context > 1 and config.cluster.device == "cpu":
+        raise ConfigError(
+            f"parallel.context={parallel.context}: context parallelism needs Transformer Engine "
+            "on GPUs; use 1 on the CPU platform"
+        )
+    if parallel.expert > 1:
+        raise ConfigError(
+            f"parallel.expert={parallel.expert}: the supported models are dense; use 1"
+        )
+
+
+def init_parallel(
+    config: Config,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    master_addr: str = "",
+    master_port: int = 0,
+) -> ParallelState:
+    """Join the trainer's process group and seed this rank. Collective: every trainer rank calls.
+
+    What is not given is read from torchrun's environment (RANK, WORLD_SIZE, MASTER_ADDR,
+    MASTER_PORT). Waits at most `train.timeout_s` for the other ranks.
+
+    Raises:
+        ConfigError: the layout does not fit the number of ranks or the platform.
+        DeadlineError: the ranks did not meet in time.
+    """
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
+    master_addr = master_addr or os.environ.get("MASTER_ADDR", config.cluster.host)
+    master_port = master_port or int(os.environ.get("MASTER_PORT", "29500"))
+    _check(config, world_size)
+    on_cpu = config.cluster.device == "cpu"
+    if on_cpu:
+        cpu_backend.install()
+        if master_addr in _LOOPBACK and Path("/sys/class/net/lo").exists():
+            # Otherwise gloo listens on whatever address the host name resolves to.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        device = cpu_backend.CPU
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    timeout = datetime.timedelta(seconds=config.train.timeout_s)
+    host = f"[{master_addr}]" if ":" in master_addr else master_addr
+    try:
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            init_method=f"tcp://{host}:{master_port}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timeout,
+            device_id=None if on_cpu else device,
+        )
+    except dist.DistStoreError as error:
+        raise DeadlineError(
+            f"the {world_size} trainer ranks did not meet at {master_addr}:{master_port} within "
+            f"train.timeout_s={config.train.timeout_s:g}: {error}"
+        ) from error
+    return _model_parallel(config, device)
+
+
+def _model_parallel(config: Config, device: torch.device) -> ParallelState:
+    """Form Megatron's groups inside the default one, and seed."""
+    from megatron.core import parallel_state as mpu
+    from megatron.core import tensor_parallel
+
+    parallel = config.parallel
+    mpu.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+        distributed_timeout_minutes=config.train.timeout_s / 60,
+        # Second groups on gloo serve checkpoint formats that are not used here.
+        create_gloo_process_groups=False,
+    )
+    state = ParallelState(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=mpu.get_tensor_model_parallel_rank(),
+        tp_size=mpu.get_tensor_model_parallel_world_size(),
+        pp_rank=mpu.get_pipeline_model_parallel_rank(),
+        pp_size=mpu.get_pipeline_model_parallel_world_size(),
+        dp_rank=mpu.get_data_parallel_rank(),
+        dp_size=mpu.get_data_parallel_world_size(),
+        cp_rank=mpu.get_context_parallel_rank(),
+        cp_size=mpu.get_context_parallel_world_size(),
+        device=device,
+    )
+    # Stages differ, data-parallel replicas do not: they hold the same parameters.
+    seed = config.run.seed + 100 * state.pp_rank
+    random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return state
+
+
+def destroy_parallel() -> None:
+    """Leave all process groups. Safe to call twice, or without `init_parallel`."""
+    if not dist.is_initialized():
+        return
+    from megatron.core import parallel_state as mpu
+
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()

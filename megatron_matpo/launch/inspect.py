@@ -19,9 +19,10 @@ def report(run_dir: str) -> Path:
     Raises:
         ConfigError: `run_dir` is not a run folder.
     """
+    folder = _run_folder(run_dir)
     from megatron_matpo.obs.report import build_report
 
-    return Path(build_report(_run_folder(run_dir)))
+    return Path(build_report(folder))
 
 
 def status_text(run_dir: str) -> str:

@@ -70,11 +70,15 @@ def find_origin(run_dir: Path, deaths: list[Death]) -> Origin | None:
     silent = [death for death in silent if not _speaks_for(recorded, death)]
     if silent and (recorded is None or recorded.time > silent[0].time - _EARLIER_S):
         return _from_death(run_dir, silent[0])
-    killed = _killed_rank(run_dir)
-    if killed is not None and not (recorded and f"trainer-{recorded.rank}" == killed.name):
-        return killed
+    exits = _rank_exits(run_dir)
+    killed = [rank for rank, code in exits if code < 0 and code != -signal.SIGTERM]
+    if killed and not (recorded and recorded.role == "trainer" and recorded.rank == killed[0]):
+        return _from_rank(run_dir, killed[0], dict(exits)[killed[0]])
     if recorded is not None:
         return _from_record(recorded)
+    failed = [rank for rank, code in exits if code > 0]
+    if failed:
+        return _from_rank(run_dir, failed[0], dict(exits)[failed[0]])
     return _from_death(run_dir, deaths[0]) if deaths else None
 
 
@@ -130,16 +134,15 @@ def _from_record(failure: Failure) -> Origin:
     return Origin(name, failure.phase, what, name, code)
 
 
-def _killed_rank(run_dir: Path) -> Origin | None:
-    """The first trainer rank that a signal other than our SIGTERM ended."""
+def _rank_exits(run_dir: Path) -> list[tuple[int, int]]:
+    """(rank, exit code) of failed trainer ranks, the earliest first; -N for signal N."""
     try:
         text = (run_dir / "status" / EXITS_FILE).read_text()
     except OSError:
-        return None
-    for line in text.splitlines():
-        rank, code = line.split()
-        if int(code) < 0 and int(code) != -signal.SIGTERM:
-            what = f"the process was {describe_exit(int(code))}"
-            name = f"trainer-{rank}"
-            return Origin(name, _phase_of(run_dir, name), what, name)
-    return None
+        return []
+    pairs = (line.split() for line in text.splitlines())
+    return [(int(rank), int(code)) for rank, code in pairs]
+
+
+def _from_rank(run_dir: Path, rank: int, code: int) -> Origin:
+    return _from_death(run_dir, Death(f"trainer-{rank}", code, 0.0))

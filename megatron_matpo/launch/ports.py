@@ -60,14 +60,19 @@ def holder_of(port: int) -> str:
     if not inodes:
         return ""
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            links = {os.readlink(link) for link in (folder / "fd").iterdir()}
-        except OSError:
-            continue
-        if links & inodes:
-            name = (folder / "comm").read_text().strip()
-            return f"{name} (pid {folder.name})"
+        with contextlib.suppress(OSError):
+            if any(_link_target(link) in inodes for link in (folder / "fd").iterdir()):
+                name = (folder / "comm").read_text().strip()
+                return f"{name} (pid {folder.name})"
     return ""
+
+
+def _link_target(link: Path) -> str:
+    """Where `link` points, or empty if it is gone (files are closed while we look)."""
+    try:
+        return os.readlink(link)
+    except OSError:
+        return ""
 
 
 def _consecutive(host: str, n: int, base_port: int) -> list[int]:

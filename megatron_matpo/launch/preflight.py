@@ -8,10 +8,7 @@ from pathlib import Path
 from megatron_matpo.config.load import collect_recipe, format_problems
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, collect_violations
-from megatron_matpo.errors import ConfigError
-
-# What `data.dataset` reads from a row.
-_COLUMNS = ("data_source", "prompt", "reward_model")
+from megatron_matpo.errors import ConfigError, DataError
 
 
 def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
@@ -30,13 +27,16 @@ def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
 
 def machine_violations(config: Config, command: Command) -> list[str]:
     """Violations that only this machine can show: datasets and the address to bind to."""
-    problems = []
+    problems: list[str] = []
     if command == "train" and not config.rollout.replay:
         problems += _dataset_violations("data.train", config.data.train)
         if config.data.eval:
             problems += _dataset_violations("data.eval", config.data.eval)
     if config.data.eval_every > 0 and not config.data.eval:
-        problems.append("data.eval_every: evaluation needs data.eval, a parquet file or folder")
+        problems.append(
+            f"data.eval_every={config.data.eval_every}: evaluation needs data.eval, a parquet file "
+            "or folder"
+        )
     if command == "sft":
         problems += _conversation_violations(config.sft.data)
     problems += _host_violations(config.cluster.host)
@@ -44,32 +44,16 @@ def machine_violations(config: Config, command: Command) -> list[str]:
 
 
 def _dataset_violations(key: str, value: str) -> list[str]:
-    """The parquet files exist and have the columns; only their footers are read."""
+    """Every row of the parquet files has the shape that a rollout needs."""
     if not value:
         return [f"{key}=: expected a parquet file, or a folder of them"]
-    path = Path(value)
-    if not path.exists():
-        return [f"{key}={value}: no such file or folder"]
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if not files:
-        return [f"{key}={value}: the folder holds no *.parquet file"]
-    import pyarrow
-    from pyarrow import parquet
+    from megatron_matpo.data.dataset import read_questions
 
-    problems = []
-    for file in files:
-        try:
-            names = set(parquet.read_schema(file).names)
-        except (OSError, pyarrow.ArrowException) as error:
-            problems.append(f"{key}={value}: {file} is not a parquet file ({error})")
-            continue
-        missing = [column for column in _COLUMNS if column not in names]
-        if missing:
-            problems.append(
-                f"{key}={value}: {file} lacks the columns {', '.join(missing)}; "
-                f"it has {', '.join(sorted(names))}"
-            )
-    return problems
+    try:
+        read_questions(value)
+    except DataError as error:
+        return [f"{key}={value}: {error}"]
+    return []
 
 
 def _conversation_violations(value: str) -> list[str]:

@@ -10,9 +10,11 @@ import argparse
 import os
 import runpy
 import sys
+import traceback
 from pathlib import Path
 
 from megatron_matpo.launch.process import die_with_parent
+from megatron_matpo.obs.failure import record_failure
 
 
 def main() -> None:
@@ -23,13 +25,19 @@ def main() -> None:
     parser.add_argument("--parent", required=True, type=int)
     arguments = parser.parse_args()
     die_with_parent(arguments.parent)
-    log = arguments.run_dir / "logs" / f"trainer-{os.environ['RANK']}.log"
+    rank = int(os.environ["RANK"])
+    log = arguments.run_dir / "logs" / f"trainer-{rank}.log"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
     sys.argv = [arguments.entry, "--run-dir", str(arguments.run_dir)]
-    runpy.run_module(arguments.entry, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(arguments.entry, run_name="__main__", alter_sys=True)
+    except Exception as error:
+        text = traceback.format_exc()
+        record_failure(arguments.run_dir, "trainer", rank, "start", error, text)
+        raise
 
 
 if __name__ == "__main__":

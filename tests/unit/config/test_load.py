@@ -234,7 +234,7 @@ def test_the_configuration_is_readable_without_heavy_packages():
     code = (
         "import sys; import megatron_matpo.config, megatron_matpo.config.validate, "
         "megatron_matpo.config.plan, megatron_matpo.launch.run, megatron_matpo.__main__; "
-        "heavy = {'torch', 'megatron', 'sglang', 'nemo_run', 'transformers', 'pyarrow', 'aiohttp'}; "
+        "heavy = {'torch', 'megatron', 'sglang', 'nemo_run', 'transformers', 'pyarrow'}; "
         "print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)

@@ -1,0 +1,124 @@
+"""Proves that wrong keys, values, files and datasets are told in one error before a start."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch.preflight import check_recipe
+
+ROW = {
+    "data_source": "fake",
+    "prompt": [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "question?"},
+    ],
+    "reward_model": {"ground_truth": "answer", "style": "rule"},
+    "extra_info": {"question": "question?", "index": 0},
+}
+
+
+def problems_of(recipe, *overrides: str, command="train") -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_recipe(str(recipe), list(overrides), command)
+    return str(caught.value).splitlines()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe that passes, with a replay folder, so that no rollout environment is needed."""
+    import sys
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["Qwen3ForCausalLM"],
+                "hidden_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "intermediate_size": 128,
+                "vocab_size": 512,
+                "rope_theta": 10000.0,
+                "max_position_embeddings": 4096,
+            }
+        )
+    )
+    for name in ("tokenizer.json", "model.safetensors"):
+        (model / name).touch()
+    pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "train.parquet")
+    (tmp_path / "demos.jsonl").write_text("{}\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""
+        model: {{path: {model}}}
+        data: {{train: {tmp_path}/train.parquet}}
+        sft: {{data: {tmp_path}/demos.jsonl}}
+        rollout: {{planner: main, python: {sys.executable}}}
+        agents: {{main: {{role: planner}}}}
+        """
+    )
+    return path
+
+
+def test_a_good_recipe_passes_for_both_commands_quickly(recipe):
+    started = time.perf_counter()
+    check_recipe(str(recipe), [], "train")
+    check_recipe(str(recipe), [], "sft")
+    assert time.perf_counter() - started < 2
+
+
+def test_violations_of_every_kind_come_together(recipe):
+    lines = problems_of(
+        recipe,
+        "rollout.num_server=2",
+        "run.steps=0",
+        "model.path=no/model",
+        "data.train=no/file.parquet",
+        "cluster.host=192.0.2.1",
+    )
+    assert [line.split("=")[0] for line in lines] == [
+        "rollout.num_server",
+        "run.steps",
+        "model.path",
+        "data.train",
+        "cluster.host",
+    ]
+
+
+def test_a_dataset_without_a_column_is_refused(recipe, tmp_path):
+    row = {key: value for key, value in ROW.items() if key != "reward_model"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    (line,) = problems_of(recipe)
+    assert line.startswith("data.train=")
+    assert "reward_model" in line
+
+
+def test_what_is_not_parquet_is_refused(recipe, tmp_path):
+    (tmp_path / "train.parquet").write_text("no")
+    (line,) = problems_of(recipe)
+    assert "not a parquet file" in line
+
+
+def test_evaluation_needs_questions(recipe):
+    (line,) = problems_of(recipe, "data.eval_every=5")
+    assert line.startswith("data.eval_every=5: evaluation needs data.eval")
+
+
+def test_sft_needs_its_conversations_only(recipe):
+    check_recipe(str(recipe), ["data.train=no/file", "rollout.python=no/python"], "sft")
+    (line,) = problems_of(recipe, "sft.data=no/file", command="sft")
+    assert line == "sft.data=no/file: no such file"
+
+
+def test_replay_needs_no_dataset_and_no_engines(recipe, tmp_path):
+    overrides = ["data.train=", "rollout.python=no/python", f"rollout.replay={tmp_path}"]
+    check_recipe(str(recipe), overrides, "train")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -13,6 +14,7 @@ from megatron_matpo.obs.progress import eta_s, format_duration, format_progress
 from megatron_matpo.obs.status import read_status
 
 _SPINNER = "|/-\\"
+_ERASE = "\r\x1b[2K"
 
 
 class Console:
@@ -26,23 +28,25 @@ class Console:
 
     def line(self, text: str) -> None:
         """Print a permanent line (or several)."""
-        self._clear()
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self._write(self._clearing() + text + "\n")
 
     def transient(self, text: str) -> None:
         """Replace the live line; nothing without a terminal."""
         if not self._is_tty:
             return
         width = shutil.get_terminal_size().columns
-        self._stream.write("\r\x1b[2K" + text[: max(1, width - 1)])
-        self._stream.flush()
+        self._write(_ERASE + text[: max(1, width - 1)])
         self._has_transient = True
 
-    def _clear(self) -> None:
-        if self._has_transient:
-            self._stream.write("\r\x1b[2K")
-            self._has_transient = False
+    def _clearing(self) -> str:
+        had_transient, self._has_transient = self._has_transient, False
+        return _ERASE if had_transient else ""
+
+    def _write(self, text: str) -> None:
+        # A closed terminal or pipe is no reason to end a run of days.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class ProgressView:

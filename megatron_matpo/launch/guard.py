@@ -44,7 +44,9 @@ def run_guarded(supervise: Callable[[], int], grace_s: float) -> int:
         os.kill(supervisor_pid, signal_number)
 
     for number in _PASSED_ON:
-        signal.signal(number, pass_on)
+        # Under nohup SIGHUP is ignored, and stays so.
+        if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+            signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
     _, status = os.waitpid(supervisor_pid, 0)
     for number in _PASSED_ON:

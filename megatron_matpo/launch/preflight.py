@@ -29,9 +29,9 @@ def machine_violations(config: Config, command: Command) -> list[str]:
     """Violations that only this machine can show: datasets and the address to bind to."""
     problems: list[str] = []
     if command == "train" and not config.rollout.replay:
-        problems += _dataset_violations("data.train", config.data.train)
+        problems += _dataset_violations(config, "data.train", config.data.train)
         if config.data.eval:
-            problems += _dataset_violations("data.eval", config.data.eval)
+            problems += _dataset_violations(config, "data.eval", config.data.eval)
     if config.data.eval_every > 0 and not config.data.eval:
         problems.append(
             f"data.eval_every={config.data.eval_every}: evaluation needs data.eval, a parquet file "
@@ -43,16 +43,24 @@ def machine_violations(config: Config, command: Command) -> list[str]:
     return problems
 
 
-def _dataset_violations(key: str, value: str) -> list[str]:
-    """Every row of the parquet files has the shape that a rollout needs."""
+def _dataset_violations(config: Config, key: str, value: str) -> list[str]:
+    """Every row has the shape that a rollout needs, and offers only tools that the planner has."""
     if not value:
         return [f"{key}=: expected a parquet file, or a folder of them"]
-    from megatron_matpo.data.dataset import read_questions
+    from megatron_matpo.data.dataset import check_servers, read_questions
 
+    where = f"{key}={value}"
     try:
-        read_questions(value)
+        questions = read_questions(value)
     except DataError as error:
-        return [f"{key}={value}: {error}"]
+        return [f"{where}: {error}"]
+    planner = config.agents.get(config.rollout.planner)
+    if planner is None or planner.system_prompt:
+        return []
+    try:
+        check_servers(questions, planner.tools, where)
+    except ConfigError as error:
+        return [str(error)]
     return []
 
 

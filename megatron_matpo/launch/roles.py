@@ -61,7 +61,7 @@ def plan_roles(config: Config, plan: Plan, run_dir: Path, command: Command) -> l
     roles: list[RoleSpec] = []
     if command == "train" and not config.rollout.replay:
         roles += [_engine(config, place, own) for place in plan.engines]
-        roles.append(_manager(plan, run_dir, own))
+        roles.append(_manager(config, plan, run_dir, own))
     roles.append(_trainer(config, plan, run_dir, command, own))
     return roles
 
@@ -78,11 +78,11 @@ def _engine(config: Config, place: EnginePlace, own: RunSecrets) -> RoleSpec:
     )
 
 
-def _manager(plan: Plan, run_dir: Path, own: RunSecrets) -> RoleSpec:
+def _manager(config: Config, plan: Plan, run_dir: Path, own: RunSecrets) -> RoleSpec:
     return RoleSpec(
         name="manager",
         argv=(sys.executable, "-m", "megatron_matpo.rollout.manager", "--run-dir", str(run_dir)),
-        env={**os.environ, **_python_settings(), **_secret_env(own)},
+        env={**os.environ, **_settings(config), **_secret_env(own)},
         is_ready=lambda: manager_is_ready(plan.manager_url, own.run_token),
     )
 
@@ -149,9 +149,17 @@ def _environment(config: Config) -> dict[str, str]:
     """Our environment without what is meant for tool servers only."""
     for_tools = {name for server in config.tools.servers.values() for name in server.env_from}
     kept = {name: value for name, value in os.environ.items() if name not in for_tools}
-    return {**kept, **_python_settings()}
+    return {**kept, **_settings(config)}
 
 
-def _python_settings() -> dict[str, str]:
-    """Logs must be complete when a process is killed."""
-    return {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+def _settings(config: Config) -> dict[str, str]:
+    """Logs are complete when a process is killed; a proxy never sees the run's own traffic."""
+    direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", "")]
+    direct += [config.cluster.host, "127.0.0.1", "localhost"]
+    names = ",".join(filter(None, direct))
+    return {
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "NO_PROXY": names,
+        "no_proxy": names,
+    }

@@ -26,7 +26,8 @@ from megatron_matpo.obs.failure import first_failure
 from megatron_matpo.obs.progress import format_duration
 
 _POLL_S = 0.1
-_PROBE_EVERY_S = 0.5
+# Probes, status files and /proc are looked at less often than the children themselves.
+_LOOK_EVERY_S = 0.5
 # After a role has ended, its peers get this long to record why.
 _SETTLE_S = 1.0
 # A role that has recorded a failure but does not end is not waited for longer than this.
@@ -63,12 +64,14 @@ class Supervisor:
         self._waiting = {role.name: role for role in roles}
         self._signals: list[int] = []
         self._started_at = 0.0
-        self._next_probe = 0.0
+        self._next_look = 0.0
 
     def run(self) -> int:
         """Start the roles, wait for the end, stop everything; returns the exit code."""
         for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
+            # Under nohup SIGHUP is ignored, and stays so.
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, self._on_signal)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._started_at = time.monotonic()
         self._remember_logs()
@@ -106,26 +109,25 @@ class Supervisor:
                 return 0
             if ended:
                 return self._role_ended(ended)
-            if self._has_lingering_failure():
-                return self._role_ended([])
-            if self._waiting and not self._probe():
-                return self._fail(self._not_ready())
-            self._view.update()
-            reap_orphans(list(self._children.values()))
+            if time.monotonic() >= self._next_look:
+                if self._has_lingering_failure():
+                    return self._role_ended([])
+                if not self._probe():
+                    return self._fail(self._not_ready())
+                self._view.update()
+                reap_orphans(list(self._children.values()))
+                self._next_look = time.monotonic() + _LOOK_EVERY_S
             time.sleep(_POLL_S)
 
     def _probe(self) -> bool:
         """Ask roles that are not ready; False when they had long enough."""
-        now = time.monotonic()
-        if now < self._next_probe:
-            return True
-        self._next_probe = now + _PROBE_EVERY_S
         for role in list(self._waiting.values()):
             if role.is_ready():
                 del self._waiting[role.name]
                 elapsed = time.monotonic() - self._started_at
                 self._console.line(f"{role.name} ready after {elapsed:.1f} s")
-        return not self._waiting or now - self._started_at < self._limits.start_timeout_s
+        elapsed = time.monotonic() - self._started_at
+        return not self._waiting or elapsed < self._limits.start_timeout_s
 
     def _not_ready(self) -> Origin:
         """Names the first role that is still not ready."""
@@ -149,6 +151,7 @@ class Supervisor:
         deadline = time.monotonic() + _SETTLE_S
         while time.monotonic() < deadline and first_failure(self._run_dir) is None:
             time.sleep(_POLL_S)
+        self._view.update()
         origin = find_origin(self._run_dir, deaths)
         assert origin is not None, "called because something failed"
         return self._fail(origin)

@@ -108,6 +108,16 @@ def test_what_is_not_parquet_is_refused(recipe, tmp_path):
     assert "not a parquet file" in line
 
 
+def test_a_dataset_for_another_mode_is_refused(recipe, tmp_path):
+    offer = {"role": "system", "content": "## Server name: browser_agent\n"}
+    row = {**ROW, "prompt": [offer, ROW["prompt"][1]]}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    (line,) = problems_of(recipe)
+    assert line.startswith("data.train=")
+    assert "browser_agent" in line
+    check_recipe(str(recipe), ["agents.main.system_prompt=own"], "train")
+
+
 def test_evaluation_needs_questions(recipe):
     (line,) = problems_of(recipe, "data.eval_every=5")
     assert line.startswith("data.eval_every=5: evaluation needs data.eval")

@@ -1,0 +1,1 @@
+"""Dataset rows, chat rendering, and episode trees as training samples. Torch-free."""

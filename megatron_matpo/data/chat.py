@@ -1,0 +1,169 @@
+"""Append-only chat rendering: what is written around sampled turns, never the turns themselves.
+
+Invariants:
+
+* a sampled turn is never decoded, re-rendered and re-tokenized; its ids go back as they came;
+* what stands between two sampled turns is the difference of two renderings, tokenized once, after
+  the end-of-turn token (so that it gets the ids that it has inside a conversation);
+* text from outside (questions, tool replies, workers' reports) cannot write special tokens, hence
+  cannot forge a turn.
+
+Source: MATPO original, `verl/workers/rollout/schemas.py`. Differs: there, each assistant turn is
+re-rendered and re-tokenized, so that trained tokens are not the sampled ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+
+from megatron_matpo.data.tokenizer import Message, TemplateRefused, Tokenizer
+from megatron_matpo.errors import ConfigError
+
+# Stands for a sampled turn in renderings; plain letters, so that no template changes it.
+_SAMPLED = "SampledTurnGoesHere"
+_HISTORY: tuple[Message, ...] = ({"role": "user", "content": "Hello"},)
+_LONGER_HISTORY: tuple[Message, ...] = (
+    *_HISTORY,
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "Are you there?"},
+)
+_INITIAL_CACHE_SIZE = 256
+_BREAK = "\u200b"  # zero-width space
+
+
+class Chat:
+    """Token ids of everything in a conversation that the engine did not sample."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Study the template once.
+
+        Raises:
+            ConfigError: sampled turns cannot be followed by text that is known beforehand; the
+                message says what the template does.
+        """
+        self._tokenizer = tokenizer
+        specials = sorted(tokenizer.special_ids.values(), key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._joins = False
+        self._joins = self._refuses_consecutive_users()
+        self.end_of_turn_id: int = self._find_end_of_turn()
+        """The token that closes an assistant turn; the engine has to stop at it."""
+        self._end_text = tokenizer.special_ids[self.end_of_turn_id]
+        self._check_history_and_system()
+        prompt = tokenizer.render(_HISTORY, add_generation_prompt=True)
+        self.opens_thinking: bool = prompt.rstrip().endswith("<think>")
+        """The generation prompt ends inside a thinking block."""
+        self._initial = lru_cache(_INITIAL_CACHE_SIZE)(self._render_initial)
+
+    def initial_ids(self, system: str, user: str) -> tuple[tuple[int, ...], str]:
+        """Ids and text of system message (left out if empty), user message, generation prompt.
+
+        Raises:
+            ConfigError: the template refuses a system message.
+        """
+        return self._initial(system, user)
+
+    def environment_ids(
+        self, replies: Sequence[str], sampled_ids: Sequence[int]
+    ) -> tuple[tuple[int, ...], str]:
+        """Ids and text between the end of a sampled turn and the next sample.
+
+        They hold the end-of-turn token if the sampled turn lacks it (it was cut by length), what
+        the template writes after it, each reply as a user message (one joined message where the
+        template refuses two in a row), and the generation prompt.
+
+        Args:
+            replies: contents of the user messages to append, in order; at least one.
+            sampled_ids: the turn that they follow; only its last token is looked at.
+        """
+        text = self._after_sampled([self._defuse(reply) for reply in replies])
+        ids = self._tokenizer.encode(text)
+        assert ids[0] == self.end_of_turn_id, "the text after a turn starts with its end"
+        if sampled_ids and sampled_ids[-1] == self.end_of_turn_id:
+            return tuple(ids[1:]), text[len(self._end_text) :]
+        return tuple(ids), text
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of a sampled turn, the closing token included."""
+        return self._tokenizer.decode(ids)
+
+    def visible(self, text: str) -> str:
+        """A decoded turn without its closing token."""
+        return text.removesuffix(self._end_text)
+
+    def _render_initial(self, system: str, user: str) -> tuple[tuple[int, ...], str]:
+        messages = [{"role": "user", "content": self._defuse(user)}]
+        if system:
+            messages.insert(0, {"role": "system", "content": system})
+        text = self._tokenizer.render(messages, add_generation_prompt=True)
+        return tuple(self._tokenizer.encode(text)), text
+
+    def _defuse(self, text: str) -> str:
+        """Break special tokens in text from outside with a zero-width space."""
+        if self._special is None:
+            return text
+        return self._special.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+
+    def _after_sampled(self, replies: Sequence[str], history: Sequence[Message] = _HISTORY) -> str:
+        """What the template writes after a sampled turn that is followed by `replies`.
+
+        The history has no system message: Mistral's template writes it into the last user message,
+        while ours stands in the first one already.
+        """
+        contents = ["\n\n".join(replies)] if self._joins else replies
+        messages = [
+            *history,
+            {"role": "assistant", "content": _SAMPLED},
+            *({"role": "user", "content": content} for content in contents),
+        ]
+        text = self._tokenizer.render(messages, add_generation_prompt=True)
+        _, found, after = text.rpartition(_SAMPLED)
+        if not found or not after:
+            raise self._refuse(
+                "the template drops an earlier assistant message, or writes nothing after it"
+            )
+        return after
+
+    def _refuse(self, why: str) -> ConfigError:
+        return ConfigError(f"{self._tokenizer.where}: cannot be used for multi-turn agents: {why}")
+
+    def _refuses_consecutive_users(self) -> bool:
+        try:
+            after = self._after_sampled(["One.", "Two."])
+        except TemplateRefused:
+            self._joins = True
+            try:
+                after = self._after_sampled(["One.", "Two."])
+            except TemplateRefused as error:
+                raise self._refuse(f"it refuses user, assistant, user ({error})") from error
+        if "One." not in after or "Two." not in after:
+            raise self._refuse("the template drops user messages")
+        return self._joins
+
+    def _find_end_of_turn(self) -> int:
+        after = self._after_sampled(["Go on."])
+        first = self._tokenizer.encode(after)[0]
+        if first not in self._tokenizer.special_ids:
+            raise self._refuse(
+                f"a reply is not closed by a special token but by {after[:20]!r}, so the engine "
+                "cannot know where a turn ends"
+            )
+        return first
+
+    def _check_history_and_system(self) -> None:
+        expected = self._after_sampled(["Go on."])
+        got = self._after_sampled(["Go on."], _LONGER_HISTORY)
+        if got != expected:
+            raise self._refuse(
+                "what the template writes after a turn depends on the turns before "
+                f"({expected!r} or {got!r})"
+            )
+        messages = [{"role": "system", "content": "Be brief."}, *_HISTORY]
+        try:
+            text = self._tokenizer.render(messages, add_generation_prompt=True)
+        except TemplateRefused as error:
+            raise self._refuse(f"it refuses a system message ({error})") from error
+        if "Be brief." not in text:
+            raise self._refuse("the template drops the system message")

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from megatron_matpo.errors import DataError
 from megatron_matpo.mcp_tools.corpus import Corpus
 
+DESCRIPTION = "MCP server over a local document collection: google_search and scrape."
 NAME = "megatron_matpo corpus"
 PROTOCOL_VERSIONS = ("2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05")
 DEFAULT_NUM_RESULTS = 10
@@ -246,7 +247,7 @@ def _positive_int(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code (2: the collection cannot be used)."""
-    parser = argparse.ArgumentParser(prog="corpus_server", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="corpus_server", description=DESCRIPTION)
     parser.add_argument(
         "--documents",
         required=True,

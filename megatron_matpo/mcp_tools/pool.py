@@ -11,7 +11,6 @@ import asyncio
 import json
 import logging
 import re
-from collections import Counter
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -155,9 +154,6 @@ class McpToolBox:
         self._servers = {
             name: _Server(name, server, Path(log_dir)) for name, server in config.servers.items()
         }
-        self._counts: Counter[str] = Counter()
-        self._call_s = 0.0
-        self._restarts_reported = 0
 
     async def __aenter__(self) -> Self:
         """Start all servers."""
@@ -212,38 +208,15 @@ class McpToolBox:
         target = self._servers.get(server)
         if target is None:
             raise ToolError(f"no tool server is called {server!r}")
-        self._counts["calls"] += 1
-        clock = asyncio.get_running_loop().time
-        begin = clock()
-        try:
-            outcome = await target.call(tool, arguments)
-        except ToolError:
-            self._counts["failures"] += 1
-            raise
-        finally:
-            self._call_s += clock() - begin
+        outcome = await target.call(tool, arguments)
         if isinstance(outcome, MCPError):
-            reply = ToolReply(cut_text(f"Error: {outcome.message}", self._max_chars), True)
-        else:
-            reply = reply_of(outcome, self._max_chars)
-        self._counts["errors"] += reply.is_error
-        return reply
+            return ToolReply(cut_text(f"Error: {outcome.message}", self._max_chars), True)
+        return reply_of(outcome, self._max_chars)
 
-    def take_metrics(self) -> dict[str, float]:
-        """Counts since the last call of this function, under their names in docs/metrics.md."""
-        restarts = sum(connection.num_restarts for connection in self._connections())
-        calls = self._counts["calls"]
-        taken = {
-            "tools/calls": float(calls),
-            "tools/errors": float(self._counts["errors"]),
-            "tools/failures": float(self._counts["failures"]),
-            "tools/restarts": float(restarts - self._restarts_reported),
-            "tools/call_s": self._call_s / calls if calls else 0.0,
-        }
-        self._counts.clear()
-        self._call_s = 0.0
-        self._restarts_reported = restarts
-        return taken
+    @property
+    def num_restarts(self) -> int:
+        """Processes that were started again since `start`."""
+        return sum(connection.num_restarts for connection in self._connections())
 
     def pids(self) -> list[int]:
         """Process ids of the running servers."""

@@ -38,6 +38,7 @@ def _required(name: str, unit: str, reduction: str, description: str) -> MetricS
 
 _TOKENS = "mean over trained tokens, all ranks"
 _EPISODES = "mean over scored episodes"
+_BY_ROLE = "mean over the trajectories of a role, scored episodes"
 
 METRICS: tuple[MetricSpec, ...] = (
     _required("step", "", "same on all ranks", "Training step, from 1; also the x axis in W&B."),
@@ -81,6 +82,7 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("mismatch/*", "", _TOKENS, "Other measures of the engine-trainer difference."),
     _required("loss/policy", "", "mean over the step's updates", "Policy loss that was minimised."),
+    MetricSpec("loss/sft", "nat", _TOKENS, "Cross entropy; supervised runs only."),
     MetricSpec("loss/*", "", "mean over the step's updates", "Other terms of the loss."),
     _required("policy/entropy", "nat", _TOKENS, "Entropy of the trainer's token distribution."),
     _required("policy/clip_frac", "[0, 1]", _TOKENS, "Tokens whose ratio the clip holds back."),
@@ -102,12 +104,19 @@ METRICS: tuple[MetricSpec, ...] = (
         "Sampled tokens that carried loss.",
     ),
     _required("tokens/sampled", "tokens", "sum", "Tokens that the engines sampled for this step."),
+    MetricSpec(
+        "tokens/sampled_per_s", "tokens/s", "sum over the collection's wall clock", "Throughput."
+    ),
+    MetricSpec("tokens/context", "tokens", "sum", "Lengths of all contexts."),
     MetricSpec("tokens/*", "tokens", "sum", "Other token counts (context, padding, ...)."),
     _required("time/rollout_s", "s", "wall clock", "Waiting for the step's episodes."),
     _required("time/score_s", "s", "wall clock", "Old and reference log-probs."),
     _required("time/train_s", "s", "wall clock", "Forward, backward and optimizer."),
     _required("time/sync_s", "s", "wall clock", "Pushing the weights to the engines."),
     _required("time/step_s", "s", "wall clock", "The whole step."),
+    MetricSpec(
+        "time/collect_s", "s", "wall clock", "The manager's work on the step; may overlap training."
+    ),
     MetricSpec("time/*", "s", "wall clock", "Other phases (checkpoint, eval, ...)."),
     MetricSpec("memory/*", "GiB", "maximum over ranks", "Device memory."),
     MetricSpec(
@@ -116,33 +125,24 @@ METRICS: tuple[MetricSpec, ...] = (
         "over sampled tokens",
         "Age of the sampled tokens when they were trained.",
     ),
-    MetricSpec(
-        "rollout/workers_per_episode",
-        "count",
-        "mean over episodes",
-        "Worker trajectories per planner.",
-    ),
-    MetricSpec(
-        "rollout/turns", "turns", "mean over planner trajectories", "Generations of a planner."
-    ),
-    MetricSpec(
-        "rollout/failed_frac",
-        "[0, 1]",
-        "share of the step's episodes",
-        "Episodes left out because of infrastructure.",
-    ),
+    MetricSpec("rollout/episodes", "count", "sum", "Episodes of the step, failed ones included."),
+    MetricSpec("rollout/failed", "count", "sum", "Episodes left out because of infrastructure."),
+    MetricSpec("rollout/failed_frac", "[0, 1]", "share of the step's episodes", "The same."),
     MetricSpec("rollout/retries", "count", "sum", "Fresh attempts of failed episodes."),
-    MetricSpec(
-        "rollout/status/*",
-        "[0, 1]",
-        "share of the step's trajectories",
-        "How trajectories ended; one name per status.",
-    ),
+    MetricSpec("rollout/workers_per_planner", "count", _EPISODES, "Worker trajectories."),
+    MetricSpec("rollout/answer_found", "[0, 1]", _EPISODES, "An answer could be extracted."),
+    MetricSpec("rollout/episode_s_*", "s", "mean or maximum over scored episodes", "Duration."),
+    MetricSpec("rollout/turns/*", "turns", _BY_ROLE, "Generations."),
+    MetricSpec("rollout/tokens/*", "tokens", _BY_ROLE, "Length of the context."),
+    MetricSpec("rollout/format/*", "[0, 1]", _BY_ROLE, "Share of well-formed tool calls."),
+    MetricSpec("rollout/calls/*", "count", _BY_ROLE, "Tool and agent calls, malformed ones too."),
+    MetricSpec("rollout/call_outcome/*", "[0, 1]", "share of the calls of a role", "By outcome."),
+    MetricSpec("rollout/status/*", "[0, 1]", "share of the trajectories of a role", "By status."),
     MetricSpec("rollout/*", "", "as the manager states", "Other numbers of the rollout."),
-    MetricSpec("tools/calls", "count", "sum", "Calls that reached a tool server."),
-    MetricSpec("tools/errors", "count", "sum", "Replies that the server marked as errors."),
+    MetricSpec("tools/calls", "count", "sum", "Calls to tool servers."),
+    MetricSpec("tools/errors", "count", "sum", "Replies that the tool marked as errors."),
     MetricSpec("tools/failures", "count", "sum", "Calls that failed for infrastructure reasons."),
-    MetricSpec("tools/restarts", "count", "sum", "Tool server processes that were started again."),
+    MetricSpec("tools/latency_s_mean", "s", "mean over answered calls", "Duration of a call."),
     MetricSpec("tools/*", "", "as the manager states", "Other numbers of the tools."),
     MetricSpec(
         "eval/*",
@@ -231,7 +231,7 @@ class MetricsWriter:
         """Drop lines with a larger step (a resumed run writes them again)."""
         if self.path.exists():
             lines = _read_lines(self.path)
-            kept = [line for line in lines if line["step"] <= step]
+            kept = [line for line in lines if (line["step"] or 0) <= step]
             if len(kept) < len(lines):
                 self._rewrite(kept)
 

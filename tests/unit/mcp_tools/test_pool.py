@@ -107,9 +107,6 @@ def test_many_calls_are_answered_in_parallel_and_each_by_its_own_reply(tmp_path:
             f"line {i}\n\u2028 é 🎉" for i in range(200)
         ]
         assert [spec.name for spec in box.specs()] == ["echo", "sleep", "die", "pid"], "both pages"
-        metrics = box.take_metrics()
-        assert metrics["tools/calls"] == 220 and metrics["tools/failures"] == 0
-        assert box.take_metrics()["tools/calls"] == 0
 
     with_box(tmp_path, {"a": rogue(max_concurrency=256)}, body)
 
@@ -151,7 +148,6 @@ def test_all_servers_start_at_the_same_time(tmp_path: Path) -> None:
 def test_what_a_tool_says_is_a_reply(tmp_path: Path, tool: str, expected: ToolReply) -> None:
     async def body(box: McpToolBox) -> None:
         assert await box.call("a", tool, {}) == expected
-        assert box.take_metrics()["tools/errors"] == expected.is_error
 
     with_box(tmp_path, {"a": rogue("banner")}, body)
 
@@ -169,7 +165,6 @@ def test_infrastructure_failures_are_errors(
         with pytest.raises(ToolError, match="no tool server is called 'b'"):
             await box.call("b", "echo", {})
         assert (await box.call("a", "echo", {"text": "fine"})).text == "fine"
-        assert box.take_metrics()["tools/failures"] == 2
 
     with_box(tmp_path, {"a": rogue(env_from=["KEY"])}, body)
 
@@ -211,7 +206,7 @@ def test_a_call_past_its_deadline_names_the_setting(tmp_path: Path) -> None:
             await box.call("a", "sleep", {"seconds": 30})
         assert time.perf_counter() - begin < 3.0
         assert (await box.call("a", "echo", {"text": "still here"})).text == "still here"
-        assert box.take_metrics()["tools/restarts"] == 0, "it answers pings: it is only slow"
+        assert box.num_restarts == 0, "it answers pings: it is only slow"
 
     with_box(tmp_path, {"a": rogue(call_timeout_s=0.5)}, body)
 
@@ -229,7 +224,7 @@ def test_a_server_that_hangs_is_restarted(tmp_path: Path, monkeypatch: pytest.Mo
                 break
         assert (await box.call("a", "echo", {"text": "new"})).text == "new"
         assert not psutil.pid_exists(before)
-        assert box.take_metrics()["tools/restarts"] == 1
+        assert box.num_restarts == 1
 
     with_box(tmp_path, {"a": rogue("single", call_timeout_s=1.5)}, body)
 
@@ -243,8 +238,7 @@ def test_a_crash_during_a_call_restarts_and_retries(tmp_path: Path) -> None:
             box.call("a", "echo", {"text": "x"}),
         )
         assert [reply.text for reply in replies] == ["slept 0.2", "survived", "x"]
-        metrics = box.take_metrics()
-        assert metrics["tools/restarts"] == 1 and metrics["tools/failures"] == 0
+        assert box.num_restarts == 1
 
     with_box(tmp_path, {"a": rogue()}, body)
     assert "dying as told" in (tmp_path / "tool-a-0.log").read_text()

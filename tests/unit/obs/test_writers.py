@@ -79,7 +79,7 @@ def test_specs_are_complete_and_unique() -> None:
     names = [spec.name for spec in metrics.METRICS]
     assert len(names) == len(set(names))
     assert all(spec.reduction and spec.description for spec in metrics.METRICS)
-    assert metrics.spec_of("rollout/turns").name == "rollout/turns"
+    assert metrics.spec_of("rollout/retries").name == "rollout/retries"
     assert metrics.spec_of("rollout/status/overflow").name == "rollout/status/*"
     assert metrics.spec_of("rollout/anything").name == "rollout/*"
 

@@ -26,15 +26,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_matpo.errors import CheckpointError
 from megatron_matpo.megatron.hf_io import flush_to_disk, replace_folder
 from megatron_matpo.megatron.model import unwrap
+from megatron_matpo.megatron.optimizer import load_state
 from megatron_matpo.megatron.parallel import ParallelState
 
 _LATEST = "latest"
@@ -42,7 +49,25 @@ _MANIFEST = "manifest.json"
 _EXTRA = "extra.json"
 _STEP = re.compile(r"step_(\d+)")
 # The only one of Megatron's formats that is neither deprecated nor bound to TP and PP.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+_SHARDING = "fully_reshardable"
+
+
+class _InProcessSave(TorchDistSaveShardedStrategy):
+    """Megatron's format, written by this process.
+
+    Megatron's own writer starts a `spawn` process, which imports the program's main module again,
+    and forks another for each file, which is not safe beside gloo's threads and has no deadline.
+    torch's writer needs neither, and reports one rank's failure on all ranks.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        """Collective; returns when every rank's file and the metadata are on disk."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=True),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+        )
 
 
 def save_checkpoint(
@@ -78,10 +103,9 @@ def save_checkpoint(
         dist_checkpointing.save(
             _sharded_state(models, optimizer, state, is_loading=False),
             str(temporary),
-            # One writer per rank: Megatron forks a process for each.
-            sharded_strategy=TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1),
+            sharded_strategy=_InProcessSave("torch_dist", 1),
         )
-    except OSError as error:
+    except (OSError, dcp.CheckpointException) as error:
         problem = str(error)
     problems: list[str] = [""] * state.world_size
     dist.all_gather_object(problems, problem)
@@ -124,7 +148,7 @@ def load_checkpoint(
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
     unwrap(models[0]).load_state_dict(loaded["model"])
-    optimizer.load_state_dict(loaded["optimizer"])
+    load_state(optimizer, loaded["optimizer"])
     if same_layout:
         _set_rng_state(loaded["rng"])
     return saved["extra"]
@@ -153,14 +177,19 @@ def _sharded_state(
     models: Sequence[Any], optimizer: MegatronOptimizer, state: ParallelState, is_loading: bool
 ) -> dict[str, Any]:
     """This rank's part of everything, described so that other ranks' parts complete it."""
+    metadata = {
+        "distrib_optim_sharding_type": _SHARDING,
+        # Gather optimizer state in host memory; on the CPU there is no other.
+        "distrib_optim_fully_reshardable_mem_efficient": state.device.type == "cuda",
+    }
     with warnings.catch_warnings():
         # Megatron's own use of deprecated torch calls; one line per tensor otherwise.
         warnings.simplefilter("ignore")
-        model = unwrap(models[0]).sharded_state_dict(metadata=dict(_METADATA))
+        model = unwrap(models[0]).sharded_state_dict(metadata=dict(metadata))
         return {
             "model": model,
             "optimizer": optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=dict(_METADATA)
+                model, is_loading=is_loading, metadata=dict(metadata)
             ),
             "rng": ShardedObject("rng", _rng_state(), (state.world_size,), (state.rank,)),
         }

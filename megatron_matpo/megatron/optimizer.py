@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from megatron.core.optimizer import (
     MegatronOptimizer,
     OptimizerConfig,
@@ -38,7 +39,7 @@ def build_optimizer(config: Config, models: Sequence[Any]) -> MegatronOptimizer:
     """
     optim = config.optim
     dtype = resolve_precision(config)
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -53,8 +54,46 @@ def build_optimizer(config: Config, models: Sequence[Any]) -> MegatronOptimizer:
             bf16=dtype.itemsize == 2,
         ),
         list(models),
-        use_gloo_process_groups=False,
+        # Where NCCL is the backend, checkpoints gather optimizer state through host memory.
+        use_gloo_process_groups=config.cluster.device == "cuda",
     )
+    for member in _members(optimizer):
+        _create_moments(member.optimizer)
+    return optimizer
+
+
+def _create_moments(inner: torch.optim.Optimizer | None) -> None:
+    """Make torch's AdamW state now instead of in its first step.
+
+    Megatron cannot describe an optimizer without state (`distrib_optimizer.py:641`), which would
+    leave a run unable to save before its first update, or to restore into a new process.
+    """
+    if not isinstance(inner, torch.optim.AdamW):
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+
+def load_state(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
+    """Take over what `optimizer.sharded_state_dict` described and a checkpoint filled in.
+
+    Megatron's loader of the `fully_reshardable` format leaves torch AdamW's `step` out of the
+    source but asks for it in the target (`distrib_optimizer.py:940,2101`), so `step`, which the
+    first half restores, is put aside during the second.
+    """
+    (member,) = _members(optimizer)
+    member.load_state_dict({k: v for k, v in saved.items() if not k.startswith("param_state")})
+    states = [s for s in member.optimizer.state.values() if "step" in s]
+    steps = [s.pop("step") for s in states]
+    member.load_parameter_state_from_fully_reshardable(saved["param_state"])
+    for state, step_count in zip(states, steps, strict=True):
+        # torch's loader shares one tensor between all parameters, each of which counts it up.
+        state["step"] = step_count.clone()
 
 
 def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

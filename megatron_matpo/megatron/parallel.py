@@ -152,8 +152,8 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
         distributed_timeout_minutes=config.train.timeout_s / 60,
-        # Second groups on gloo serve checkpoint formats that are not used here.
-        create_gloo_process_groups=False,
+        # For checkpoints: optimizer state is gathered in host memory.
+        create_gloo_process_groups=device.type == "cuda",
     )
     state = ParallelState(
         rank=dist.get_rank(),

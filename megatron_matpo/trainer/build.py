@@ -75,5 +75,6 @@ def _build_sync(
         host=plan.trainer_host,
         port=plan.weight_sync_port,
         backend="nccl" if config.cluster.device == "cuda" else "gloo",
+        start_timeout_s=config.run.start_timeout_s,
     )
     return PushOnce(sync) if config.weight_sync.transport == "none" else sync

@@ -7,6 +7,7 @@ to the engines. Every wait has the deadline `weight_sync.timeout_s`.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,6 @@ from megatron_matpo.weight_sync.group import form_group
 
 T = TypeVar("T")
 Export = Callable[[], Iterator[tuple[str, Tensor]]]
-GROUP_NAME = "matpo_weights"
 POLL_S = 0.0005
 """How often a running broadcast is looked at; small against any bucket worth sending."""
 
@@ -34,6 +34,10 @@ class EngineControl(Protocol):
     @property
     def url(self) -> str:
         """Names the engine in errors."""
+        ...
+
+    async def wait_ready(self, *, deadline_s: float) -> None:
+        """Return when the engine generates."""
         ...
 
     async def init_weights_update_group(
@@ -87,21 +91,26 @@ class BroadcastSync:
         host: str,
         port: int,
         backend: str,
+        start_timeout_s: float,
     ) -> None:
         """Keep the arguments; nothing is contacted before `connect`."""
+        self._start_timeout_s = start_timeout_s
         self._config = config
         self._export = export
         self._engines = engines
         self._ranks_per_engine = ranks_per_engine
         self._host, self._port, self._backend = host, port, backend
         self._group: dist.ProcessGroup | None = None
+        # Unique, so that a second attempt never meets the keys or the group of a failed one.
+        self._group_name = f"matpo_weights_{secrets.token_hex(4)}"
         self._runner = asyncio.Runner()
 
     def connect(self) -> None:
-        """Form the group with all engines (rank 0; elsewhere nothing).
+        """Wait for the engines and form the group with all of them (rank 0; elsewhere nothing).
 
         Raises:
-            WeightSyncError: an engine refused, or did not come inside the deadline.
+            EngineError: an engine does not generate inside `start_timeout_s`.
+            WeightSyncError: an engine refused to join, or did not come inside the deadline.
         """
         if self._engines:
             self._runner.run(self._connect())
@@ -130,6 +139,9 @@ class BroadcastSync:
         self._runner.close()
 
     async def _connect(self) -> None:
+        await asyncio.gather(
+            *(engine.wait_ready(deadline_s=self._start_timeout_s) for engine in self._engines)
+        )
         world_size = 1 + self._ranks_per_engine * len(self._engines)
         joins = [
             engine.init_weights_update_group(
@@ -137,7 +149,7 @@ class BroadcastSync:
                 master_port=self._port,
                 rank_offset=1 + i * self._ranks_per_engine,
                 world_size=world_size,
-                group_name=GROUP_NAME,
+                group_name=self._group_name,
                 backend=self._backend,
                 deadline_s=self._config.timeout_s,
             )
@@ -149,7 +161,7 @@ class BroadcastSync:
                 port=self._port,
                 world_size=world_size,
                 backend=self._backend,
-                name=GROUP_NAME,
+                name=self._group_name,
                 timeout_s=self._config.timeout_s,
             )
         )
@@ -162,7 +174,7 @@ class BroadcastSync:
                     names=bucket.names,
                     dtypes=bucket.dtypes,
                     shapes=bucket.shapes,
-                    group_name=GROUP_NAME,
+                    group_name=self._group_name,
                     weight_version=str(version),
                     load_format="flattened_bucket",
                     flush_cache=True,

@@ -148,14 +148,14 @@ def page_text(name: str, facts: dict[str, str]) -> str:
     )
 
 
-def search_reply(query: str, names: list[str]) -> str:
-    """What the bundled MCP server answers to google_search."""
+def search_reply(query: str, hits: list[tuple[str, str]]) -> str:
+    """What the bundled MCP server answers to google_search; `hits` are (name, snippet)."""
+    parameters = {"q": query, "gl": "us", "hl": "en", "type": "search", "num": len(hits), "page": 1}
     organic = [
-        {"title": name, "link": BASE_URL + name, "snippet": page_intro(name), "position": rank}
-        for rank, name in enumerate(names, start=1)
+        {"title": name, "link": BASE_URL + name, "snippet": snippet, "position": rank}
+        for rank, (name, snippet) in enumerate(hits, start=1)
     ]
-    reply = {"searchParameters": {"q": query, "gl": "us", "hl": "en"}, "organic": organic}
-    return json.dumps(reply, separators=(",", ":"))
+    return json.dumps({"searchParameters": parameters, "organic": organic}, separators=(",", ":"))
 
 
 def scrape_reply(name: str, text: str) -> str:
@@ -164,6 +164,25 @@ def scrape_reply(name: str, text: str) -> str:
     return json.dumps(reply, separators=(",", ":"))
 
 
+def correction(call: str) -> str:
+    """What the environment answers to an unclosed call (`megatron_matpo.agents.prompts`)."""
+    for opening, tool in _TOOL_OF_OPENING.items():
+        if opening in call:
+            return tool + _NOT_CLOSED
+    raise ValueError(f"not a call: {call!r}")
+
+
+MISSING_REPORT = "The worker ended without a report (invalid_call)."
+_NOT_CLOSED = (
+    " was not executed: the call is not closed by </use_mcp_tool>.\nA call has this form:\n"
+    "<use_mcp_tool>\n<server_name>SERVER</server_name>\n<tool_name>TOOL</tool_name>\n<arguments>\n"
+    '{"ARGUMENT": "VALUE"}\n</arguments>\n</use_mcp_tool>'
+)
+_TOOL_OF_OPENING = {
+    BROWSE_OPEN: f"{PLANNER_SERVER}/{PLANNER_TOOL}",
+    SEARCH_OPEN: f"{WEB_SERVER}/{SEARCH_TOOL}",
+    SCRAPE_OPEN: f"{WEB_SERVER}/{SCRAPE_TOOL}",
+}
 _GUILD_SET = frozenset(GUILDS)
 
 # Longest first is not needed: the tokenizer takes the longest match. Each phrase becomes one token.
@@ -176,9 +195,9 @@ PHRASES = (
     SEARCH_ARGS_END + CALL_CLOSE, SEARCH_ARGS_END + UNCLOSED,
     "\\boxed{", ".\\n", *(f"{relation}: " for relation in RELATIONS),
     " is one of the guilds.", " is one of the people.",
-    '{"searchParameters":{"q":"', '","gl":"us","hl":"en"},"organic":[', '{"title":"',
-    '","link":"' + BASE_URL, '","snippet":"', '","position":1}', '","position":2}',
-    '","position":3}',
+    '{"searchParameters":{"q":"', '","gl":"us","hl":"en","type":"search","num":',
+    ',"page":1},"organic":[', '{"title":"', '","link":"' + BASE_URL, '","snippet":"',
+    '","position":1}', '","position":2}', '","position":3}',
     '{"text":"', '","metadata":{"title":"', '","url":"' + BASE_URL, '"}}', '"organic":[',
-    BASE_URL,
+    BASE_URL, MISSING_REPORT, _NOT_CLOSED, *_TOOL_OF_OPENING.values(),
 )  # fmt: skip

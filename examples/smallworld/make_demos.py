@@ -2,8 +2,8 @@
 
     python examples/smallworld/make_demos.py --out demos.jsonl [--num 24000] [--seed 1]
 
-One line is `{"id", "role", "messages"}` with role `planner`, `worker` or `single`; the loss is
-meant for the assistant messages alone.
+One line is `{"id", "role", "messages"}` with role `planner` or `worker` (an agent that has the web
+tools itself is a planner without workers); the loss is meant for the assistant messages alone.
 
 Invariants:
 * every demonstration draws its own facts, so that nothing about the real world (make_world.py) can
@@ -27,8 +27,8 @@ from pathlib import Path
 import lexicon as lx
 from make_world import resolve
 
-# Shares of the roles among the demonstrations.
-ROLES = {"planner": 0.4, "worker": 0.4, "single": 0.2}
+# Shares among the demonstrations; "single" is the agent that has the web tools itself.
+KINDS = {"planner": 0.4, "worker": 0.4, "single": 0.2}
 
 # The planner, at a two-hop question.
 PLANNER = {"right": 0.45, "one_hop": 0.25, "wrong_relation": 0.15, "guess": 0.10, "unclosed": 0.05}
@@ -37,7 +37,10 @@ PLANNER_ONE_HOP = {"right": 0.60, "extra": 0.25, "guess": 0.10, "unclosed": 0.05
 WORKER = {"right": 0.70, "wrong_line": 0.15, "no_scrape": 0.10, "unclosed": 0.05}
 SINGLE = {"right": 0.30, "one_hop": 0.30, "wrong_line": 0.25, "guess": 0.10, "unclosed": 0.05}
 
-# What an environment may say about a malformed call; a real one may word it differently.
+# How often a worker comes back to the planner without a report.
+NO_REPORT = 0.03
+
+# For variety: the environment itself answers a malformed call with lexicon.correction.
 ERROR_WORDS = (
     "Error: the tool call could not be parsed. Close the block and try again.",
     "Error: malformed tool call.",
@@ -113,7 +116,14 @@ def planner_turns(
             if rng.random() < 0.5:
                 return turns
             behaviour = "right"
-            turns.append(_user(rng.choice(ERROR_WORDS)))
+            turns.append(_user(draw_correction(rng, turns[-1])))
+        if rng.random() < NO_REPORT:
+            # The worker came back with nothing, or with its open call: ask again.
+            turns.append(_assistant(lx.browse_call(lx.ask(relation, name))))
+            open_call = rng.choice(
+                (lx.search_call(lx.ask(relation, name), False), lx.scrape_call(name, False))
+            )
+            turns.append(_user(rng.choice((lx.MISSING_REPORT, open_call))))
         turns.append(_assistant(lx.browse_call(lx.ask(relation, name))))
         # A worker is not always right; the planner has to take its word for it.
         value = facts[name][relation] if rng.random() < 0.8 else rng.choice(lx.PEOPLE)
@@ -134,12 +144,13 @@ def worker_turns(rng: random.Random, relation: str, name: str, facts: LazyFacts)
             turns.append(_assistant(call(argument, closed=False)))
             if rng.random() < 0.5:
                 return turns
-            turns.append(_user(rng.choice(ERROR_WORDS)))
+            turns.append(_user(draw_correction(rng, turns[-1])))
         turns.append(_assistant(call(argument)))
         if step == 0:
-            turns.append(_user(draw_search_reply(rng, query, name)))
+            reply, hasty = draw_search_reply(rng, query, name)
+            turns.append(_user(reply))
             if behaviour == "no_scrape":
-                return [*turns, _assistant(lx.report(relation, rng.choice(lx.PEOPLE)))]
+                return [*turns, _assistant(hasty)]
     turns.append(_user(draw_page(rng, name, facts)))
     if behaviour == "wrong_line":
         relation = other(rng, _relations_of(name), relation)
@@ -164,11 +175,11 @@ def single_turns(
             if rng.random() < 0.5:
                 return turns
             behaviour = "right"
-            turns.append(_user(rng.choice(ERROR_WORDS)))
+            turns.append(_user(draw_correction(rng, turns[-1])))
             # The note stands in the message that failed; the corrected message is the call alone.
             note = ""
         turns.append(_assistant(note + lx.search_call(query)))
-        turns.append(_user(draw_search_reply(rng, query, name)))
+        turns.append(_user(draw_search_reply(rng, query, name)[0]))
         turns.append(_assistant(lx.scrape_call(name)))
         turns.append(_user(draw_page(rng, name, facts)))
         read = other(rng, _relations_of(name), relation) if hop == wrong_hop else relation
@@ -177,13 +188,34 @@ def single_turns(
     return [*turns, _assistant(note + lx.boxed(name))]
 
 
-def draw_search_reply(rng: random.Random, query: str, name: str) -> str:
-    """A search result of one to three pages; the right page is first nine times in ten."""
-    others = rng.sample([n for n in lx.GUILDS + lx.PEOPLE if n != name], rng.randrange(3))
-    names = [name, *others]
+def draw_correction(rng: random.Random, turn: Message) -> str:
+    """The reply to a malformed call."""
+    return lx.correction(turn["content"]) if rng.random() < 0.8 else rng.choice(ERROR_WORDS)
+
+
+def draw_search_reply(rng: random.Random, query: str, name: str) -> tuple[str, str]:
+    """A search result of one to three pages, and the fact that a hasty reader takes from it.
+
+    The server's snippet is the line that has most words of the query. On the right page that is the
+    introduction; on any other page it is a fact that has the relation, or the name, in common.
+    """
+    relation = query.split(" of ")[0]
+    hits = [(name, lx.page_intro(name))]
+    hasty = lx.report(relation, rng.choice(lx.PEOPLE))
+    for other_name in rng.sample([n for n in lx.GUILDS + lx.PEOPLE if n != name], rng.randrange(3)):
+        if rng.random() < 0.1:
+            hits.append((other_name, lx.page_intro(other_name)))
+            continue
+        is_person = name in lx.PEOPLE and rng.random() < 0.3
+        fact = lx.report(
+            rng.choice(_relations_of(other_name)) if is_person else relation,
+            name if is_person else rng.choice(lx.PEOPLE),
+        )
+        hits.append((other_name, fact + "."))
+        hasty = fact
     if rng.random() < 0.1:
-        rng.shuffle(names)
-    return lx.search_reply(query, names)
+        rng.shuffle(hits)
+    return lx.search_reply(query, hits), hasty
 
 
 def draw_page(rng: random.Random, name: str, facts: LazyFacts) -> str:
@@ -194,16 +226,16 @@ def draw_page(rng: random.Random, name: str, facts: LazyFacts) -> str:
     return lx.scrape_reply(name, lx.page_text(name, dict(lines)))
 
 
-def make_demo(rng: random.Random) -> dict:
-    """One demonstration with a world of its own."""
+def make_demo(rng: random.Random) -> tuple[str, list[Message]]:
+    """One demonstration with a world of its own: its kind (a key of KINDS) and its messages."""
     facts = LazyFacts(rng)
-    role = pick(rng, ROLES)
+    kind = pick(rng, KINDS)
     guild, relations, hops = draw_question(rng, facts)
     task = lx.question_text(relations, guild) + lx.BOXED_SUFFIX
-    if role == "planner":
+    if kind == "planner":
         opening = [_system(lx.PLANNER_SYSTEM), _user(task)]
         turns = planner_turns(rng, guild, relations, facts)
-    elif role == "single":
+    elif kind == "single":
         opening = [_system(lx.SINGLE_SYSTEM), _user(task)]
         turns = single_turns(rng, guild, relations, facts)
     else:
@@ -221,7 +253,7 @@ def make_demo(rng: random.Random) -> dict:
             _user(lx.WORKER_USER_TEMPLATE.replace("{task}", task).replace("{subtask}", subtask)),
         ]
         turns = worker_turns(rng, relation, name, facts)
-    return {"role": role, "messages": opening + turns}
+    return kind, opening + turns
 
 
 def write_demos(out: Path, num: int, seed: int) -> None:
@@ -230,7 +262,10 @@ def write_demos(out: Path, num: int, seed: int) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("w", encoding="utf-8") as file:
         for index in range(num):
-            file.write(json.dumps({"id": f"demo-{index}", **make_demo(rng)}) + "\n")
+            kind, messages = make_demo(rng)
+            role = "worker" if kind == "worker" else "planner"
+            line = {"id": f"{kind}-{index}", "role": role, "messages": messages}
+            file.write(json.dumps(line) + "\n")
     print(f"{num} demonstrations in {out}")
 
 

@@ -26,14 +26,14 @@ VOCAB_SIZE = 701
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 ENGLISH = (
-    "The tool answered with an error because the arguments are not what it expects. Please call "
-    "one of the tools that are listed above, with the right server, and try again. No result was found "
-    "for this query; search for something else. The page could not be read: it does not exist. You "
-    "are a sub-agent that works on a part of a larger task. Give a detailed answer with the "
-    "information that supports it, and keep the main task in mind. What do you know about the "
-    "people and the guilds of this world? Each of them has a page with a few facts, and every fact "
-    "names a person who has a page as well. Your report goes back to the planner, which then "
-    "decides what to ask next, or gives the final answer to the question."
+    "The tool answered with an error because the arguments are not what it expects. Please call"
+    " one of the tools that are listed above, with the right server, and try again. No result "
+    "was found for this query; search for something else. The page could not be read: it does "
+    "not exist. You are a sub-agent that works on a part of a larger task. Give a detailed "
+    "answer with the information that supports it, and keep the main task in mind. What do you "
+    "know about the people and the guilds of this world? Each of them has a page with a few "
+    "facts, and every fact names a person who has a page as well. Your report goes back to the "
+    "planner, which then decides what to ask next, or gives the final answer to the question."
 )
 
 CHAT_TEMPLATE = (

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from megatron_matpo.errors import ConfigError
-from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use
+from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use, previous_command
 from megatron_matpo.obs.failure import first_failure
 from megatron_matpo.obs.metrics import read_metrics
 from megatron_matpo.obs.progress import format_duration, format_progress
@@ -42,7 +42,9 @@ def status_text(run_dir: str) -> str:
     if metrics:
         from megatron_matpo.config.load import load_resolved
 
-        num_steps = load_resolved(str(folder / CONFIG_FILE)).run.steps
+        config = load_resolved(str(folder / CONFIG_FILE))
+        is_sft = previous_command(folder) == "sft"
+        num_steps = config.sft.steps if is_sft else config.run.steps
         last = metrics[-1]
         lines.append("  " + format_progress(int(last["step"] or 0), num_steps, last))
     failure = first_failure(folder)

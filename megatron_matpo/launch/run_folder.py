@@ -140,7 +140,7 @@ def _check_same_run(path: Path, config: Config, command: str, accept_changes: bo
     """Whether the folder holds an earlier attempt; an error if that was another run."""
     if not (path / CONFIG_FILE).is_file():
         return False
-    before = _previous_command(path)
+    before = previous_command(path)
     if before not in ("", command):
         raise ConfigError(
             f"run.name={config.run.name}: {path} holds a `matpo {before}` run; choose another name"
@@ -169,7 +169,8 @@ def _check_same_run(path: Path, config: Config, command: str, accept_changes: bo
     return True
 
 
-def _previous_command(path: Path) -> str:
+def previous_command(path: Path) -> str:
+    """`train` or `sft`, whichever used the folder last; empty if none did."""
     try:
         return str(json.loads((path / _RUN_FILE).read_text())["command"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,0 +1,154 @@
+"""Proves what each role is started with, where secrets go, and when a role counts as ready.
+
+FakeServer answers like an engine or a manager; real ones are started by the smoke tests.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+import pytest
+
+from megatron_matpo.config import Config
+from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.config.plan import make_plan
+from megatron_matpo.config.train import ParallelConfig
+from megatron_matpo.launch.roles import (
+    RoleSpec,
+    engine_generates,
+    manager_is_ready,
+    plan_roles,
+    trainer_is_ready,
+)
+from megatron_matpo.obs.status import PhaseWriter
+
+
+@pytest.fixture
+def config() -> Config:
+    base = Config()
+    return replace(
+        base,
+        rollout=replace(base.rollout, num_servers=2),
+        tools=ToolsConfig({"search": McpServerConfig(command="npx", env_from=["SERPER_API_KEY"])}),
+    )
+
+
+def roles_of(config: Config, run_dir, command="train") -> dict[str, RoleSpec]:
+    plan = make_plan(config, list(range(21000, 21010)))
+    return {role.name: role for role in plan_roles(config, plan, run_dir, command)}
+
+
+def test_a_training_run_has_engines_a_manager_and_the_trainer(config, tmp_path):
+    roles = roles_of(config, tmp_path)
+    assert list(roles) == ["engine-0", "engine-1", "manager", "trainer"]
+    assert [role.name for role in roles.values() if role.ends_run] == ["trainer"]
+    assert "megatron_matpo.rollout.manager" in roles["manager"].argv
+    assert roles["trainer"].argv[-1] == "megatron_matpo.trainer.main"
+    assert all(str(tmp_path) in roles[name].argv for name in ("manager", "trainer"))
+
+
+def test_replay_and_sft_need_the_trainer_only(config, tmp_path):
+    assert list(roles_of(config, tmp_path, "sft")) == ["trainer"]
+    replayed = replace(config, rollout=replace(config.rollout, replay="recorded"))
+    assert list(roles_of(replayed, tmp_path)) == ["trainer"]
+
+
+def test_secrets_go_by_environment_to_those_who_need_them(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("SERPER_API_KEY", "serper-secret")
+    roles = roles_of(config, tmp_path)
+    token = roles["manager"].env["MATPO_RUN_TOKEN"]
+    assert token == roles["trainer"].env["MATPO_RUN_TOKEN"]
+    assert roles["manager"].env["MATPO_ENGINE_KEY"] == roles["trainer"].env["MATPO_ENGINE_KEY"]
+    assert token not in repr(roles)
+    assert all(token not in " ".join(role.argv) for role in roles.values())
+    assert "MATPO_RUN_TOKEN" not in roles["engine-0"].env
+    holders = [name for name, role in roles.items() if "SERPER_API_KEY" in role.env]
+    assert holders == ["manager"]
+    assert token != roles_of(config, tmp_path)["manager"].env["MATPO_RUN_TOKEN"]
+
+
+def test_a_proxy_never_sees_the_runs_own_traffic(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    env = roles_of(config, tmp_path)["trainer"].env
+    assert env["NO_PROXY"].split(",") == ["intranet", "127.0.0.1", "127.0.0.1", "localhost"]
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Answers each path with a (status, body) of `answers`; needs the bearer token `key`."""
+
+    answers: ClassVar[dict[str, tuple[int, object]]] = {}
+
+    def do_GET(self) -> None:
+        status, body = self.answers.get(self.path, (404, {}))
+        if self.headers["Authorization"] != "Bearer key":
+            status = 401
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url(monkeypatch):
+    # A proxy of the environment would not know our ports.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("answers", "expected"),
+    [
+        ({}, False),
+        ({"/health": (503, {})}, False),
+        ({"/health": (200, {}), "/health_generate": (503, {})}, False),
+        ({"/health": (200, {}), "/health_generate": (200, {})}, True),
+    ],
+)
+def test_an_engine_is_ready_when_it_has_generated(url, monkeypatch, answers, expected):
+    monkeypatch.setattr(FakeServer, "answers", answers)
+    assert engine_generates(url, "key") is expected
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ((200, {"ready": True}), True),
+        ((200, {"ready": False}), False),
+        ((200, []), False),
+        ((500, {"ready": True}), False),
+    ],
+)
+def test_a_manager_is_ready_when_it_says_so(url, monkeypatch, answer, expected):
+    monkeypatch.setattr(FakeServer, "answers", {"/health": answer})
+    assert manager_is_ready(url, "key") is expected
+    assert manager_is_ready(url, "wrong") is False
+
+
+def test_what_does_not_listen_is_not_ready():
+    assert manager_is_ready("http://127.0.0.1:9", "key") is False
+
+
+def test_the_trainer_is_ready_when_every_rank_has_built_its_model(tmp_path):
+    assert not trainer_is_ready(tmp_path, 2)
+    PhaseWriter(tmp_path, "trainer", 0).set("load")
+    PhaseWriter(tmp_path, "trainer", 1).set("build model")
+    assert not trainer_is_ready(tmp_path, 2)
+    PhaseWriter(tmp_path, "trainer", 1).set("sync")
+    assert trainer_is_ready(tmp_path, 2)
+
+
+def test_the_plan_gives_the_trainer_its_ranks(config):
+    wide = replace(config, parallel=ParallelConfig(tensor=2, data=2))
+    assert make_plan(wide, list(range(10))).trainer_ranks_per_node == (4,)

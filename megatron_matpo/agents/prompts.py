@@ -56,8 +56,8 @@ _PLANNER_OBJECTIVE = (
 )
 _WORKER_OBJECTIVE = (
     "# Agent Specific Objective\n\nYou search and browse for specific facts on behalf of a "
-    "planner. Report what the sources say and do not infer more; judge how reliable a source is; name "
-    "conflicts and uncertainty; quote the passages that matter with their URL. If context is "
+    "planner. Report what the sources say and do not infer more; judge how reliable a source is; "
+    "name conflicts and uncertainty; quote the passages that matter with their URL. If context is "
     "missing, say what you would need."
 )
 PLANNER_SYSTEM_PROMPT = _INTRO + _OBJECTIVE + _PLANNER_OBJECTIVE

@@ -8,6 +8,10 @@ silently, neither for its length nor as the remainder of an epoch.
 
 from __future__ import annotations
 
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
+# (`pyarrow` has no type information.)
+
 import random
 import re
 from collections.abc import Collection, Sequence

@@ -25,7 +25,9 @@ from megatron_matpo.types import VersionSpan
 # Behaves as Qwen3's: earlier thoughts are stripped, and an empty one is put before a last reply.
 CHATML = """\
 {%- set ns = namespace(last=-1) -%}
-{%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+  {%- if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}
+{%- endfor %}
 {%- for m in messages %}
   {%- if m.role == 'assistant' %}
     {%- set said = m.content.split('</think>')[-1].lstrip('\n') %}
@@ -45,23 +47,28 @@ LLAMA3 = """\
 {%- for m in messages %}{% if loop.first %}{{- bos_token }}{% endif %}
 {{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+{%- if add_generation_prompt %}
+  {{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}
+{%- endif %}"""
 MISTRAL = """\
 {%- if messages[0].role == 'system' %}{% set system = messages[0].content %}
 {%- set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}{{- bos_token }}
 {%- for m in rest %}
-  {%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}
+  {%- set must_be_user = loop.index0 % 2 == 0 %}
+  {%- if (m.role == 'user') != must_be_user %}{{ raise_exception('must alternate') }}{% endif %}
   {%- if m.role == 'user' %}
-    {%- if loop.last and system is defined %}{{- '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}
+    {%- if loop.last and system is defined %}
+      {{- '[INST] ' + system + '\n\n' + m.content + '[/INST]' }}
     {%- else %}{{- '[INST] ' + m.content + '[/INST]' }}{% endif %}
   {%- else %}{{- ' ' + m.content | trim + eos_token }}{% endif %}
 {%- endfor %}"""
 TEMPLATES = {"chatml": CHATML, "llama3": LLAMA3, "mistral": MISTRAL}
 
 _SPECIALS = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|start_header_id|> <|end_header_id|> "
-    "<|eot_id|> <s> </s> [INST] [/INST]"
-).split()
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    *("<s>", "</s>", "[INST]", "[/INST]"),
+)
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:

@@ -1,0 +1,1 @@
+"""The rollout manager: one asyncio process that runs a step's episodes. Torch-free."""

@@ -1,0 +1,156 @@
+"""The manager process: `python -m megatron_matpo.rollout.manager --run-dir RUN`.
+
+Reads `RUN/config.yaml` and `RUN/plan.json`; listens on the plan's manager address. Environment:
+`MATPO_RUN_TOKEN` (what clients have to show) and `MATPO_ENGINE_KEY` (what the engines ask for);
+neither is ever logged. SIGTERM and SIGINT end it with exit code 0, its tool servers stopped; a
+failure ends it with one line on stderr and the error's exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from megatron_matpo.config import Config, load_resolved
+from megatron_matpo.config.plan import Plan
+from megatron_matpo.data.chat import Chat
+from megatron_matpo.data.dataset import Question, check_servers, read_questions
+from megatron_matpo.data.tokenizer import Tokenizer
+from megatron_matpo.errors import ConfigError, MatpoError, RolloutError
+from megatron_matpo.mcp_tools.pool import McpToolBox
+from megatron_matpo.obs.failure import record_failure
+from megatron_matpo.rollout.collect import RolloutManager
+from megatron_matpo.rollout.routing import Router
+from megatron_matpo.rollout.server import ManagerServer
+
+__all__ = ["RolloutManager", "main", "serve"]
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_key: str) -> None:
+    """Serve until cancelled; then requests end first, tool servers and engine clients after them.
+
+    Raises:
+        ConfigError, DataError, ToolError: the manager cannot start.
+        RolloutError: the manager's address is taken.
+    """
+    server = ManagerServer(token)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(server.close)
+        try:
+            await server.start(plan.manager_host, plan.manager_port)
+        except OSError as error:
+            where = f"{plan.manager_host}:{plan.manager_port}"
+            raise RolloutError(f"the manager cannot listen on {where}: {error}") from error
+        chat = Chat(Tokenizer.load(config.model.path))
+        questions = load_questions(config)
+        server.detail = "starting tool servers"
+        tools = await stack.enter_async_context(McpToolBox(config.tools, run_dir / "logs"))
+        router = await _connect(config, plan, engine_key, chat, stack)
+        manager = RolloutManager(config, router.sampler, tools, chat, questions)
+        stack.push_async_callback(server.close)  # requests end before what they use
+        detail = f"{len(questions['train'])} questions, {router.num_engines} engines"
+        server.set_ready(manager, detail)
+        _log.info("ready: %s", detail)
+        await asyncio.Event().wait()
+
+
+async def _connect(
+    config: Config, plan: Plan, engine_key: str, chat: Chat, stack: AsyncExitStack
+) -> Router[SamplingParams]:
+    """A client for every engine of the plan."""
+    from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams
+
+    rollout = config.rollout
+    engines = [EngineClient(place.url, engine_key) for place in plan.engines]
+    for engine in engines:
+        stack.push_async_callback(engine.close)
+
+    def params_for(max_tokens: int) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=max_tokens,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            stop_token_ids=(chat.end_of_turn_id,),
+        )
+
+    return Router(engines, params_for, rollout.max_staleness)
+
+
+def load_questions(config: Config) -> dict[str, list[Question]]:
+    """Rows of both splits, checked against what the planner may call."""
+    questions = {"train": read_questions(config.data.train)}
+    if config.data.eval:
+        questions["eval"] = read_questions(config.data.eval)
+    planner = config.agents[config.rollout.planner]
+    if not planner.system_prompt:
+        for split, rows in questions.items():
+            check_servers(rows, planner.tools, f"data.{split}={getattr(config.data, split)}")
+    return questions
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line entry; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Rollout manager of one run.")
+    parser.add_argument("--run-dir", type=Path, required=True, help="folder with config.yaml")
+    run_dir: Path = parser.parse_args(argv).run_dir
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    try:
+        config = load_resolved(str(run_dir / "config.yaml"))
+        plan = Plan.from_json((run_dir / "plan.json").read_text(encoding="utf-8"))
+        token, key = _secret("MATPO_RUN_TOKEN"), _secret("MATPO_ENGINE_KEY")
+        asyncio.run(_serve_until_signal(config, plan, run_dir, token, key))
+    except MatpoError as error:
+        record_failure(run_dir, "manager", 0, "serve", error, traceback.format_exc())
+        line = "; ".join(str(error).splitlines())
+        print(f"rollout manager: {type(error).__name__}: {line}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except Exception as error:
+        record_failure(run_dir, "manager", 0, "serve", error, traceback.format_exc())
+        traceback.print_exc()
+        print(f"rollout manager: internal error: {error!r}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+async def _serve_until_signal(
+    config: Config, plan: Plan, run_dir: Path, token: str, engine_key: str
+) -> None:
+    task = asyncio.ensure_future(serve(config, plan, run_dir, token, engine_key))
+    stopping = False
+
+    def stop() -> None:
+        nonlocal stopping
+        if not stopping:  # a second signal must not break off the clean-up
+            stopping = True
+            task.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not stopping:
+            raise
+        _log.info("stopped")
+
+
+def _secret(name: str) -> str:
+    value = os.environ.get(name, "")
+    if not value:
+        raise ConfigError(f"the environment variable {name} is not set; `matpo train` sets it")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

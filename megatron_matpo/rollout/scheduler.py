@@ -1,0 +1,132 @@
+"""Runs a step's episodes: bounded concurrency, retries, and the bound on failures.
+
+Invariants:
+
+* one failed episode is a status and a count, never the step's end, and never a reward of 0;
+* a retry starts afresh: nothing of the failed attempt is trained;
+* the order of groups and of samples does not depend on which episode ends first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from megatron_matpo.agents.driver import EpisodeTree
+from megatron_matpo.config.rollout import RolloutConfig
+from megatron_matpo.data.dataset import Question
+from megatron_matpo.errors import RolloutError
+from megatron_matpo.rewards.combine import Scorer
+from megatron_matpo.types import INFRASTRUCTURE_FAILURES, Episode, Group
+
+RunEpisode = Callable[[str, Question], Awaitable[EpisodeTree]]
+"""(episode id, question) -> what it left behind; failures are statuses."""
+
+_MAX_REASONS = 5
+_MAX_REASON_CHARS = 300
+
+
+@dataclass(frozen=True, slots=True)
+class GroupJob:
+    """One question of a step and how often it is asked."""
+
+    uid: str
+    row_index: int
+    question: Question
+    num_samples: int
+
+
+class Scheduler:
+    """Runs the jobs of one step."""
+
+    def __init__(self, run_episode: RunEpisode, scorer: Scorer, config: RolloutConfig) -> None:
+        """`config` bounds concurrency, retries and failures."""
+        self._run_episode = run_episode
+        self._scorer = scorer
+        self._config = config
+        self._gate = asyncio.Semaphore(config.max_concurrent_episodes)
+        self._reasons: Counter[str] = Counter()
+        self._num_failed = 0
+
+    async def run(self, jobs: Sequence[GroupJob]) -> list[Group]:
+        """All groups, in the order of `jobs`. Cancelling it cancels every episode.
+
+        Raises:
+            RolloutError: more than `rollout.max_failed_frac` of the episodes failed; raised as soon
+                as that is certain, with the counted reasons.
+        """
+        num_episodes = sum(job.num_samples for job in jobs)
+        tasks: list[list[asyncio.Task[Episode]]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                for job in jobs:
+                    tasks.append(
+                        [
+                            group.create_task(self._episode(job, index, num_episodes))
+                            for index in range(job.num_samples)
+                        ]
+                    )
+        except* RolloutError as errors:
+            raise errors.exceptions[0] from None
+        return [
+            Group(
+                uid=job.uid,
+                data_source=job.question.data_source,
+                question=job.question.question,
+                ground_truth=job.question.ground_truth,
+                row_index=job.row_index,
+                episodes=tuple(task.result() for task in row),
+            )
+            for job, row in zip(jobs, tasks, strict=True)
+        ]
+
+    async def _episode(self, job: GroupJob, sample_index: int, num_episodes: int) -> Episode:
+        async with self._gate:
+            start = time.monotonic()
+            episode_id = f"{job.uid}.{sample_index}"
+            num_retries = 0
+            while True:
+                tree = await self._run_episode(episode_id, job.question)
+                is_failed = tree.planner.status in INFRASTRUCTURE_FAILURES
+                if not is_failed or num_retries >= self._config.max_episode_retries:
+                    break
+                num_retries += 1
+        answer, reward, failure = "", None, ""
+        if is_failed:
+            failure = f"{tree.planner.status}: {tree.planner.error}"
+            self._count_failure(failure, num_episodes)
+        else:
+            answer, reward = self._scorer.score(
+                tree.said, job.question.ground_truth, (tree.planner, *tree.workers)
+            )
+        return Episode(
+            id=episode_id,
+            uid=job.uid,
+            sample_index=sample_index,
+            planner=tree.planner,
+            workers=tree.workers,
+            reward=reward,
+            answer=answer,
+            failure=failure,
+            num_retries=num_retries,
+            duration_s=time.monotonic() - start,
+        )
+
+    def _count_failure(self, reason: str, num_episodes: int) -> None:
+        self._reasons[reason[:_MAX_REASON_CHARS]] += 1
+        self._num_failed += 1
+        allowed = self._config.max_failed_frac * num_episodes
+        if self._num_failed > allowed:
+            reasons = "; ".join(
+                f"{count} x {reason}" for reason, count in self._reasons.most_common(_MAX_REASONS)
+            )
+            more = len(self._reasons) - _MAX_REASONS
+            raise RolloutError(
+                f"{self._num_failed} of {num_episodes} episodes failed outside the model, each "
+                f"after {self._config.max_episode_retries} retries; "
+                f"rollout.max_failed_frac={self._config.max_failed_frac:g} allows "
+                f"{int(allowed)}: {reasons}" + (f"; and {more} other reasons" if more > 0 else "")
+            )

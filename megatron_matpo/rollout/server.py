@@ -1,0 +1,116 @@
+"""The manager's HTTP interface: `GET /health`, `POST /collect` (long poll, rollout bytes back).
+
+Every request but `/health` needs `Authorization: Bearer TOKEN`. A collect request whose client
+goes away is cancelled, and with it every episode that it started.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+from aiohttp import web
+
+from megatron_matpo import wire
+from megatron_matpo.errors import MatpoError
+from megatron_matpo.types import PolicyVersion, RolloutBatch
+
+_log = logging.getLogger(__name__)
+
+SPLITS = ("train", "eval")
+_Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Collector(Protocol):
+    """What the server serves."""
+
+    async def collect(self, step: int, version: PolicyVersion, split: str) -> RolloutBatch:
+        """As `RolloutManager.collect`."""
+        ...
+
+
+class ManagerServer:
+    """Answers from the moment it listens; collects once a collector is set."""
+
+    def __init__(self, token: str) -> None:
+        """`token` is what clients have to show; it is never logged."""
+        self._expected = f"Bearer {token}".encode()
+        self._collector: Collector | None = None
+        self._runner: web.AppRunner | None = None
+        self.detail = "starting"
+        """What `/health` says beside ready or not."""
+
+    def set_ready(self, collector: Collector, detail: str) -> None:
+        """Begin to accept collect requests."""
+        self._collector = collector
+        self.detail = detail
+
+    def app(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/collect", self._collect)
+        return app
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen.
+
+        Raises:
+            OSError: the address is taken.
+        """
+        # handler_cancellation: a client that disconnects cancels its handler.
+        self._runner = web.AppRunner(
+            self.app(), handler_cancellation=True, access_log=None, shutdown_timeout=1.0
+        )
+        await self._runner.setup()
+        await web.TCPSite(self._runner, host, port).start()
+
+    async def close(self) -> None:
+        """Stop listening; requests in progress are cancelled."""
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"ready": self._collector is not None, "detail": self.detail})
+
+    async def _collect(self, request: web.Request) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode()
+        if not hmac.compare_digest(given, self._expected):
+            return _failure(401, "PermissionError", "wrong or missing bearer token")
+        if self._collector is None:
+            return _failure(503, "RolloutError", f"the rollout manager is not ready: {self.detail}")
+        try:
+            step, version, split = _read_request(await request.json())
+        except (ValueError, TypeError, KeyError) as error:
+            return _failure(400, "ValueError", f"not a collect request: {error}")
+        try:
+            batch = await self._collector.collect(step, version, split)
+            return web.Response(body=wire.encode(batch), content_type="application/octet-stream")
+        except MatpoError as error:
+            _log.error("step %d (%s): %s", step, split, error)
+            return _failure(500, type(error).__name__, str(error))
+        except Exception as error:
+            # A bug of ours: the trainer gets its name, the log the place.
+            _log.error("step %d (%s) failed:\n%s", step, split, traceback.format_exc())
+            return _failure(500, type(error).__name__, f"internal error: {error!r}")
+
+
+def _read_request(raw: object) -> tuple[int, PolicyVersion, str]:
+    if not isinstance(raw, dict):
+        raise ValueError("expected a JSON object")
+    split = raw.get("split", "train")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
+    step, version = raw["step"], raw["policy_version"]
+    if type(step) is not int or type(version) is not int:
+        raise ValueError("step and policy_version must be integers")
+    return step, version, split
+
+
+def _failure(status: int, kind: str, message: str) -> web.Response:
+    text = json.dumps({"error": message, "type": kind})
+    return web.Response(status=status, text=text, content_type="application/json")

@@ -1,0 +1,150 @@
+"""Proves the HTTP interface: who may ask, what comes back, and that a lost client cancels.
+
+The manager behind it plays a script; its start as a process is in `test_manager_process.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp.test_utils import unused_port
+
+from megatron_matpo import wire
+from megatron_matpo.errors import RolloutError
+from megatron_matpo.rollout.collect import RolloutManager
+from megatron_matpo.rollout.server import ManagerServer
+from tests.helpers.rollouts import FakeEngine, FakeToolBox, make_chat, make_config, make_question
+
+TOKEN = "s3cret"
+HEADERS = {"Authorization": f"Bearer {TOKEN}"}
+ASK = {"step": 1, "policy_version": 0, "split": "train"}
+
+
+def manager_of(engine: FakeEngine, tools: FakeToolBox | None = None) -> RolloutManager:
+    questions = {"train": [make_question()], "eval": [make_question()]}
+    return RolloutManager(
+        make_config(), lambda version: engine, tools or FakeToolBox(), make_chat(), questions
+    )
+
+
+def serve(
+    collector: Any, client: Callable[[aiohttp.ClientSession, ManagerServer], Awaitable[None]]
+) -> None:
+    async def run() -> None:
+        server, port = ManagerServer(TOKEN), unused_port()
+        await server.start("127.0.0.1", port)
+        if collector is not None:
+            server.set_ready(collector, "1 question")
+        try:
+            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
+                await client(session, server)
+        finally:
+            await server.close()
+
+    asyncio.run(run())
+
+
+def test_health_is_open_and_tells_when_it_is_ready() -> None:
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.get("/health") as reply:
+            assert await reply.json() == {"ready": False, "detail": "starting"}
+        async with session.post("/collect", json=ASK, headers=HEADERS) as reply:
+            assert reply.status == 503
+        server.set_ready(manager_of(FakeEngine(lambda *_: "x")), "1 question")
+        async with session.get("/health") as reply:
+            assert await reply.json() == {"ready": True, "detail": "1 question"}
+
+    serve(None, client)
+
+
+def test_a_step_comes_back_as_bytes() -> None:
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.post("/collect", json=ASK, headers=HEADERS) as reply:
+            assert reply.status == 200
+            batch = wire.decode(await reply.read())
+        assert batch.step == 1 and len(batch.groups) == 2
+        assert batch.groups[0].episodes[0].answer == "Ada"
+
+    serve(manager_of(FakeEngine(lambda *_: "\\boxed{Ada}")), client)
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer x"}, {"Authorization": TOKEN}])
+def test_collect_needs_the_token(headers: dict[str, str]) -> None:
+    engine = FakeEngine(lambda *_: "x")
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.post("/collect", json=ASK, headers=headers) as reply:
+            assert reply.status == 401 and TOKEN not in await reply.text()
+
+    serve(manager_of(engine), client)
+    assert engine.contexts == []
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"nonsense", "not a collect request"),
+        (b"[]", "expected a JSON object"),
+        (b'{"step": 1}', "policy_version"),
+        (b'{"step": "1", "policy_version": 0}', "must be integers"),
+        (b'{"step": 1, "policy_version": 0, "split": "test"}', "allowed: train, eval"),
+    ],
+)
+def test_wrong_requests_are_named(body: bytes, words: str) -> None:
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.post("/collect", data=body, headers=HEADERS) as reply:
+            assert reply.status == 400
+            assert words in (await reply.json())["error"]
+
+    serve(manager_of(FakeEngine(lambda *_: "x")), client)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "text"),
+    [
+        (RolloutError("2 of 4 failed"), "RolloutError", "2 of 4 failed"),
+        (KeyError("oops"), "KeyError", "internal error: KeyError('oops')"),
+    ],
+)
+def test_failures_are_json(error: Exception, kind: str, text: str) -> None:
+    class Collector:
+        async def collect(self, step: int, version: int, split: str) -> None:
+            raise error
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.post("/collect", json=ASK, headers=HEADERS) as reply:
+            assert reply.status == 500
+            assert await reply.json() == {"error": text, "type": kind}
+
+    serve(Collector(), client)
+
+
+@pytest.mark.parametrize("way", ["client leaves", "server closes"])
+def test_what_nobody_waits_for_is_cancelled(way: str) -> None:
+    state = {"begun": asyncio.Event(), "cancelled": asyncio.Event()}
+
+    class Collector:
+        async def collect(self, step: int, version: int, split: str) -> None:
+            state["begun"].set()
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                state["cancelled"].set()
+                raise
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        request = asyncio.ensure_future(session.post("/collect", json=ASK, headers=HEADERS))
+        await asyncio.wait_for(state["begun"].wait(), 5)
+        if way == "client leaves":
+            request.cancel()
+        else:
+            await asyncio.wait_for(server.close(), 5)
+        await asyncio.wait_for(state["cancelled"].wait(), 5)
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+    serve(Collector(), client)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import ConfigError
@@ -33,7 +33,7 @@ class HfModelConfig:
     head_dim: int
     ffn_size: int
     vocab_size: int
-    """Rows of the embedding in the folder; the trainer pads it to a multiple of `parallel.tensor`."""
+    """Rows of the embedding in the folder; the trainer pads to a multiple of `parallel.tensor`."""
     rope_theta: float
     rms_eps: float
     tie_word_embeddings: bool
@@ -59,14 +59,15 @@ class HfModelConfig:
         except ValueError as error:
             raise ConfigError(f"{file}: not valid JSON ({error})") from error
         if not isinstance(raw, dict):
-            raise ConfigError(f"{file}: expected a JSON object, got {type(raw).__name__}")
-        _check_supported(raw, file)
-        return cls(folder=str(folder), **_read_fields(raw, file))
+            raise ConfigError(f"{file}: expected a JSON object")
+        fields = cast(dict[str, Any], raw)
+        _check_supported(fields, file)
+        return cls(folder=str(folder), **_read_fields(fields, file))
 
 
 def _check_supported(raw: dict[str, Any], file: Path) -> None:
     """Refuse architectures and settings that would be trained as something else."""
-    architectures = raw.get("architectures") or []
+    architectures: list[str] = raw.get("architectures") or []
     if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
         raise ConfigError(
             f"{file}: architectures={architectures} is not supported; "
@@ -79,7 +80,9 @@ def _check_supported(raw: dict[str, Any], file: Path) -> None:
         "use_sliding_window": (raw.get("use_sliding_window", False), False),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
     }
-    wrong = [f"{key}={got!r} (only {want!r})" for key, (got, want) in expected.items() if got != want]
+    wrong = [
+        f"{key}={got!r} (only {want!r})" for key, (got, want) in expected.items() if got != want
+    ]
     if wrong:
         raise ConfigError(f"{file}: not supported: {', '.join(wrong)}")
 
@@ -101,8 +104,8 @@ def _read_fields(raw: dict[str, Any], file: Path) -> dict[str, Any]:
     if theta is None:
         raise ConfigError(f"{file}: neither rope_parameters.rope_theta nor rope_theta is set")
     num_heads = int(need("num_attention_heads"))
-    eos = raw.get("eos_token_id")
-    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (int(eos),)
+    eos: Any = raw.get("eos_token_id")
+    eos_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     return {
         "architecture": next(a for a in raw["architectures"] if a in SUPPORTED_ARCHITECTURES),
         "hidden_size": int(need("hidden_size")),
@@ -133,7 +136,7 @@ def check_layout(hf: HfModelConfig, parallel: ParallelConfig) -> list[str]:
     Each line names the dotted path, the value, the number that it must divide, and what is allowed.
     """
     name = Path(hf.folder).name
-    problems = []
+    problems: list[str] = []
     for path, value in vars(parallel).items():
         if value < 1:
             problems.append(f"parallel.{path}={value}: must be at least 1")

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from torch import Tensor
 
 from megatron_matpo.config import Config
@@ -23,7 +22,7 @@ from megatron_matpo.errors import NonFiniteError
 from megatron_matpo.megatron import checkpoint, hf_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.model import build_model, wrap_ddp
-from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.parallel import ParallelState, data_group, pipeline_group
 from megatron_matpo.megatron.schedule import LossFn, forward_backward, forward_logprobs
 
 
@@ -50,7 +49,7 @@ class MegatronActor:
             ConfigError: the layout does not divide the model.
         """
         self._config, self._hf, self._state = config, hf, state
-        self._models = wrap_ddp(config, build_model(config, hf, state))
+        self._models: list[Any] = wrap_ddp(config, build_model(config, hf, state))
         self._optimizer = optimizer.build_optimizer(config, self._models)
 
     def load_initial(self) -> None:
@@ -123,14 +122,13 @@ class MegatronActor:
             is_max = torch.tensor([name.endswith("/max") for name in names], device=values.device)
             sums, maxima = values.sum(dim=1), values.amax(dim=1)
             if self._state.dp_size > 1:
-                group = mpu.get_data_parallel_group(with_context_parallel=True)
-                dist.all_reduce(sums, group=group)
-                dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=group)
+                dist.all_reduce(sums, group=data_group())
+                dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=data_group())
             combined = torch.where(is_max, maxima, sums).tolist()
             reduced = [dict(zip(names, combined, strict=True))]
         if self._state.pp_size > 1:
-            source = mpu.get_pipeline_model_parallel_last_rank()
-            group = mpu.get_pipeline_model_parallel_group()
+            group = pipeline_group()
+            source = dist.get_global_rank(group, self._state.pp_size - 1)
             dist.broadcast_object_list(reduced, src=source, group=group)
         return reduced[0]
 

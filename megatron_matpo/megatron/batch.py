@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Position t of every field concerns the prediction of `labels[:, t]` from `input_ids[:, :t+1]`.
+    """Position t of every field is about predicting `labels[:, t]` from `input_ids[:, :t+1]`.
 
     All tensor- and pipeline-parallel ranks of a data-parallel replica hold the same values.
     """

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -37,6 +36,9 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from megatron_matpo.errors import CheckpointError
 from megatron_matpo.megatron.hf_io import flush_to_disk, replace_folder
@@ -63,9 +65,9 @@ class _InProcessSave(TorchDistSaveShardedStrategy):
     def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
         """Collective; returns when every rank's file and the metadata are on disk."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
+        dcp_save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir, sync_files=True),
+            storage_writer=FileSystemWriter(checkpoint_dir, sync_files=True),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -105,7 +107,7 @@ def save_checkpoint(
             str(temporary),
             sharded_strategy=_InProcessSave("torch_dist", 1),
         )
-    except (OSError, dcp.CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         problem = str(error)
     problems: list[str] = [""] * state.world_size
     dist.all_gather_object(problems, problem)
@@ -144,7 +146,7 @@ def load_checkpoint(
     if not same_layout:
         del request["rng"]
     try:
-        loaded = dist_checkpointing.load(request, path)
+        loaded: Any = dist_checkpointing.load(request, path)
     except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
         raise CheckpointError(f"{path} does not fit this model: {error}") from error
     unwrap(models[0]).load_state_dict(loaded["model"])
@@ -195,12 +197,17 @@ def _sharded_state(
         }
 
 
+def _tracker() -> Any:
+    """Megatron's table of random states."""
+    return get_cuda_rng_tracker()
+
+
 def _rng_state() -> dict[str, Any]:
     """Every generator that this process draws from."""
     result = {
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
-        "tracker": get_cuda_rng_tracker().get_states(),
+        "tracker": _tracker().get_states(),
     }
     if torch.cuda.is_initialized():
         result["cuda"] = torch.cuda.get_rng_state()
@@ -210,7 +217,7 @@ def _rng_state() -> dict[str, Any]:
 def _set_rng_state(saved: dict[str, Any]) -> None:
     """The inverse of `_rng_state`."""
     random.setstate(saved["python"])
-    get_cuda_rng_tracker().set_states(saved["tracker"])
+    _tracker().set_states(saved["tracker"])
     torch.set_rng_state(saved["torch"])
     if "cuda" in saved and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(saved["cuda"])

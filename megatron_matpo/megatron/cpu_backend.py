@@ -11,15 +11,16 @@ module its own stand-in for the global name `torch`. Invariants:
 
 What each part is for (lines of Megatron-Core 0.16.1):
 
-| part | needed by |
-|---|---|
-| factories with `device="cuda"` | `schedules.py:596,983,2138`, `clip_grads.py:90-207`, `optimizer.py:473-485,907`, `param_and_grad_buffer.py:768` |
-| `cuda.current_device`, `set_device` | `param_and_grad_buffer.py:783-806`, `p2p_communication.py:190-321`, `mappings.py:91-181`, `rotary_pos_embedding.py:162`, `state_dict_saver.py:252` |
-| `cuda.synchronize`, streams, events | `p2p_communication.py:242,398`, `filesystem_async.py:230`, `fully_parallel.py:281` |
-| `cuda.*rng*`, `cuda.manual_seed` | `tensor_parallel/random.py:235-238,422` |
-| `_get_cuda_rng_state`, `_set_cuda_rng_state` | `tensor_parallel/random.py:41-110` call into the CUDA runtime |
-| `Tensor.type` | `distrib_optimizer.py:361,420,582`, `clip_grads.py:167`, `optimizer.py:671-690` |
-| `Tensor.cuda` | `language_module.py:244`, `distrib_optimizer.py:1089`, `exchange_utils.py:336,499` |
+* factories with `device="cuda"`: `schedules.py:596,983,2138`, `clip_grads.py:90-207`,
+  `optimizer.py:473-485,907`, `param_and_grad_buffer.py:768`;
+* `cuda.current_device`, `set_device`: `param_and_grad_buffer.py:783-806`, `mappings.py:91-181`,
+  `p2p_communication.py:190-321`, `layers.py:261,873`, `rotary_pos_embedding.py:78,162`;
+* `cuda.synchronize`, streams, events: `p2p_communication.py:242,398`, `fully_parallel.py:281`;
+* `cuda` random state and `manual_seed`: `tensor_parallel/random.py:235-238,422`;
+* `_get_cuda_rng_state`, `_set_cuda_rng_state`: `tensor_parallel/random.py:41-110` call into the
+  CUDA runtime itself;
+* `Tensor.type`: `distrib_optimizer.py:361,420,582`, `clip_grads.py:167`, `optimizer.py:671-690`;
+* `Tensor.cuda`: `language_module.py:244`, `distrib_optimizer.py:1089`, `exchange_utils.py:336`.
 """
 
 from __future__ import annotations

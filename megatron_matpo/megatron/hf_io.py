@@ -16,10 +16,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,8 +34,8 @@ from megatron_matpo.megatron.mapping import (
     local_part,
     placed_rules,
 )
-from megatron_matpo.megatron.model import PolicyModel, unwrap
-from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.model import unwrap
+from megatron_matpo.megatron.parallel import ParallelState, pipeline_group, tensor_group
 
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
@@ -102,7 +102,7 @@ class _Random:
 
 
 @torch.no_grad()
-def _fill(models: Sequence[PolicyModel], hf: HfModelConfig, read: Slicer, state: ParallelState):
+def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: ParallelState):
     """Copy every parameter of this stage from `read`, and make sure that none was forgotten."""
     parameters = dict(unwrap(models[0]).named_parameters())
     filled = set()
@@ -123,7 +123,7 @@ def _fill(models: Sequence[PolicyModel], hf: HfModelConfig, read: Slicer, state:
 
 
 def load_hf(
-    models: Sequence[PolicyModel], hf: HfModelConfig, folder: str | Path, state: ParallelState
+    models: Sequence[Any], hf: HfModelConfig, folder: str | Path, state: ParallelState
 ) -> None:
     """Fill this rank's parameters from `folder`. Every rank calls; nothing is communicated.
 
@@ -136,15 +136,13 @@ def load_hf(
     _fill(models, hf, source.read, state)
 
 
-def init_random(
-    models: Sequence[PolicyModel], hf: HfModelConfig, seed: int, state: ParallelState
-) -> None:
+def init_random(models: Sequence[Any], hf: HfModelConfig, seed: int, state: ParallelState) -> None:
     """Fill this rank's parameters with seeded random weights, the same for every layout."""
     _fill(models, hf, _Random(hf, seed).read, state)
 
 
 def iter_hf_tensors(
-    models: Sequence[PolicyModel],
+    models: Sequence[Any],
     hf: HfModelConfig,
     state: ParallelState,
     dtype: torch.dtype | None = None,
@@ -163,7 +161,7 @@ def iter_hf_tensors(
     """
     if state.dp_rank or state.cp_rank:
         return
-    parameters = dict(unwrap(models[0]).named_parameters())
+    parameters: dict[str, Tensor] = dict(unwrap(models[0]).named_parameters())
     some = next(iter(parameters.values()))
     dtype = dtype or some.dtype
     shapes = hf_shapes(hf)
@@ -192,7 +190,7 @@ def _gather(
     if state.tp_size > 1 and rule.sharding != "replicated":
         is_root = state.tp_rank == 0
         shards = [torch.empty_like(local) for _ in range(state.tp_size)] if is_root else []
-        group = mpu.get_tensor_model_parallel_group()
+        group = tensor_group()
         dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
     if state.tp_rank:
         return {}
@@ -213,7 +211,7 @@ def _to_first_stage(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Move a later stage's tensors to global rank 0; the stages in between do nothing."""
-    group = mpu.get_pipeline_model_parallel_group()
+    group = pipeline_group()
     if state.pp_rank == rule.stage:
         for name in rule.hf:
             dist.send(full[name].contiguous(), dst=dist.get_global_rank(group, 0), group=group)
@@ -229,7 +227,7 @@ def _to_first_stage(
 
 
 def save_hf(
-    models: Sequence[PolicyModel],
+    models: Sequence[Any],
     hf: HfModelConfig,
     folder: str | Path,
     state: ParallelState,
@@ -252,9 +250,9 @@ def save_hf(
     temporary.mkdir(parents=True)
     _write_tensors(tensors, temporary)
     for file in sorted(Path(source_folder).iterdir()):
-        if file.is_file() and not file.name.startswith("model.safetensors"):
-            if file.suffix not in (".safetensors", ".bin", ".pt", ".pth"):
-                shutil.copyfile(file, temporary / file.name)
+        is_weights = ".safetensors" in file.suffixes or file.suffix in (".bin", ".pt", ".pth")
+        if file.is_file() and not is_weights:
+            shutil.copyfile(file, temporary / file.name)
     replace_folder(temporary, target)
     dist.barrier()
 
@@ -289,7 +287,7 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file, or a folder and everything in it."""
+    """Fsync a file, or a folder and everything in it."""
     if path.is_dir():
         for child in path.iterdir():
             flush_to_disk(child)

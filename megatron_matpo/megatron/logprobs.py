@@ -73,7 +73,7 @@ class _VocabParallelLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:
-        """d logprob / d logit = (1[label] - softmax) / temperature, written over the logits.
+        """D logprob / d logit = (1[label] - softmax) / temperature, written over the logits.
 
         The logits come out of a matrix product, whose own backward does not read them.
         """

@@ -36,7 +36,7 @@ class Sharding(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron parameter (or one per layer, `{i}`) and the Hugging Face tensors that form it."""
+    """One Megatron parameter (one per layer with `{i}`) and the HF tensors that form it."""
 
     megatron: tuple[str, ...]
     """Names to look for, in order: the local spec's, then Transformer Engine's fused one."""
@@ -86,13 +86,9 @@ LAYER_RULES = (
         (_HF_LAYER + "mlp.gate_proj.weight", _HF_LAYER + "mlp.up_proj.weight"),
         Sharding.GATED,
     ),
-    Rule(
-        (_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), Sharding.ROW
-    ),
+    Rule((_LAYER + "mlp.linear_fc2.weight",), (_HF_LAYER + "mlp.down_proj.weight",), Sharding.ROW),
 )
-FINAL_NORM = Rule(
-    ("decoder.final_layernorm.weight",), ("model.norm.weight",), Sharding.REPLICATED
-)
+FINAL_NORM = Rule(("decoder.final_layernorm.weight",), ("model.norm.weight",), Sharding.REPLICATED)
 OUTPUT = Rule(("output_layer.weight",), ("lm_head.weight",), Sharding.VOCAB)
 # With tied embeddings a last stage that is not also the first holds a copy of the embedding.
 TIED_OUTPUT = Rule(OUTPUT.megatron, EMBEDDING.hf, Sharding.VOCAB)
@@ -163,10 +159,8 @@ def hf_shapes(hf: HfModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def local_part(
-    rule: Placed, read: Slicer, hf: HfModelConfig, tp_rank: int, tp_size: int
-) -> Tensor:
-    """This tensor-parallel rank's parameter, reading only the parts of the tensors that it needs."""
+def local_part(rule: Placed, read: Slicer, hf: HfModelConfig, tp_rank: int, tp_size: int) -> Tensor:
+    """This tensor-parallel rank's parameter, reading only what it needs of each tensor."""
     if rule.sharding is Sharding.REPLICATED:
         return read(rule.hf[0], None, 0, 0)
     if rule.sharding is Sharding.ROW:

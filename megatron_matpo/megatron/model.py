@@ -26,7 +26,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -40,14 +39,14 @@ from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
 class CausalAttention(nn.Module):
     """Core attention of the local layer spec: torch's own kernel, causal at any length.
 
-    Megatron's `DotProductAttention` wants a mask tensor per shape and materialises [b, heads, s, s]
+    Megatron's `DotProductAttention` wants a mask tensor per shape and makes [b, heads, s, s]
     several times; the CPU kernel behind `scaled_dot_product_attention` does neither.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
-        """Take what `megatron.core.transformer.attention.Attention` passes; most of it is unused."""
+        """Take what Megatron's `Attention` passes to its core; most of it is unused."""
         super().__init__()
-        self._scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        self._scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
 
     def forward(
         self,
@@ -102,7 +101,9 @@ def _leave_as_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def transformer_config(config: Config, hf: HfModelConfig, state: ParallelState) -> TransformerConfig:
+def transformer_config(
+    config: Config, hf: HfModelConfig, state: ParallelState
+) -> TransformerConfig:
     """The one place where our configuration becomes Megatron's."""
     dtype = resolve_precision(config)
     on_cpu = state.device.type == "cpu"
@@ -153,7 +154,7 @@ def _layer_spec(state: ParallelState) -> ModuleSpec:
         ConfigError: on a GPU without Transformer Engine.
     """
     if state.device.type == "cpu":
-        spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
+        spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
         spec.submodules.self_attention.submodules.core_attention = CausalAttention
         return spec
     try:
@@ -205,7 +206,7 @@ def wrap_ddp(config: Config, models: list[PolicyModel]) -> list[DistributedDataP
     return [DistributedDataParallel(model.config, ddp_config, model) for model in models]
 
 
-def unwrap(model: MegatronModule | DistributedDataParallel) -> PolicyModel:
+def unwrap(model: Any) -> PolicyModel:
     """The PolicyModel inside `model`."""
     while not isinstance(model, PolicyModel):
         model = model.module

@@ -96,7 +96,7 @@ def load_state(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
         state["step"] = step_count.clone()
 
 
-def _members(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def _members(optimizer: MegatronOptimizer) -> list[Any]:
     """Megatron chains one optimizer per kind of parameter; a dense model has one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 

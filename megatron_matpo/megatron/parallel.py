@@ -11,6 +11,7 @@ import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,7 +56,7 @@ class ParallelState:
 
 
 def resolve_precision(config: Config) -> torch.dtype:
-    """dtype of the parameters: `precision`, with `auto` meaning fp32 on CPU and bf16 on GPU.
+    """Dtype of the parameters: `precision`, with `auto` meaning fp32 on CPU and bf16 on GPU.
 
     Raises:
         ConfigError: bf16 on a GPU that has none, or an unknown word.
@@ -151,7 +152,8 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
-        distributed_timeout_minutes=config.train.timeout_s / 60,
+        # Megatron makes a timedelta of it, which takes fractions.
+        distributed_timeout_minutes=config.train.timeout_s / 60,  # type: ignore[arg-type]
         # For checkpoints: optimizer state is gathered in host memory.
         create_gloo_process_groups=device.type == "cuda",
     )
@@ -174,6 +176,32 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return state
+
+
+def _group(group: Any) -> dist.ProcessGroup:
+    assert isinstance(group, dist.ProcessGroup), "init_parallel comes first"
+    return group
+
+
+def tensor_group() -> dist.ProcessGroup:
+    """Ranks that hold parts of the same layers for the same micro-batches."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_tensor_model_parallel_group())
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Ranks that hold consecutive layers for the same micro-batches, first stage first."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_pipeline_model_parallel_group())
+
+
+def data_group() -> dist.ProcessGroup:
+    """Ranks that hold the same parameters for different micro-batches."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_data_parallel_group(with_context_parallel=True))
 
 
 def destroy_parallel() -> None:

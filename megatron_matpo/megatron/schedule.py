@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state as mpu
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -25,7 +24,7 @@ from megatron_matpo.config import Config
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
 from megatron_matpo.megatron.model import PolicyModel, unwrap
-from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.parallel import ParallelState, pipeline_group, tensor_group
 
 LossFn = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 """(logprobs [b, s] float32, entropy [b, s] float32, micro-batch) -> (loss [], metrics of scalars).
@@ -71,7 +70,7 @@ def micro_batch_logprobs(
         batch.labels.reshape(-1)[rows],
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
-        tp_group=mpu.get_tensor_model_parallel_group(),
+        tp_group=tensor_group(),
         chunk_tokens=config.train.logprob_chunk_tokens,
     )
     keep = trained[rows].to(logprobs.dtype)
@@ -161,8 +160,8 @@ def forward_logprobs(
     else:
         flat = torch.empty(2 * numel, dtype=torch.float32, device=state.device)
     if state.pp_size > 1:
-        source = mpu.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(flat, src=source, group=mpu.get_pipeline_model_parallel_group())
+        group = pipeline_group()
+        dist.broadcast(flat, src=dist.get_global_rank(group, state.pp_size - 1), group=group)
     parts = iter(flat.cpu().split([shape.numel() for shape in shapes for _ in range(2)]))
     return [(next(parts).view(shape), next(parts).view(shape)) for shape in shapes]
 

@@ -80,7 +80,7 @@ def make_roster(
         raise ConfigError(
             f"rollout.planner={planner}: no such agent; agents of the recipe: {known}"
         )
-    workers = {name: config for name, config in agents.items() if name != planner}
+    workers = {name: config for name, config in agents.items() if config.role == Role.WORKER}
     first = _agent(planner, Role.PLANNER, agents[planner], specs, workers)
     reachable = {
         name: _agent(name, Role.WORKER, workers[name], specs, {})

@@ -45,7 +45,9 @@ class Chat:
         """
         self._tokenizer = tokenizer
         specials = sorted(tokenizer.special_ids.values(), key=len, reverse=True)
-        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        pattern = "|".join(map(re.escape, specials))
+        self._special = re.compile(pattern) if specials else None
+        self._closing = re.compile(f"(?:{pattern})+\\Z") if specials else None
         self._joins = False
         self._joins = self._refuses_consecutive_users()
         self.end_of_turn_id: int = self._find_end_of_turn()
@@ -90,8 +92,11 @@ class Chat:
         return self._tokenizer.decode(ids)
 
     def visible(self, text: str) -> str:
-        """A decoded turn without its closing token."""
-        return text.removesuffix(self._end_text)
+        """A decoded turn without the special tokens at its end.
+
+        That is the end of turn, or another token at which the model's own settings stop it.
+        """
+        return text if self._closing is None else self._closing.sub("", text)
 
     def _render_initial(self, system: str, user: str) -> tuple[tuple[int, ...], str]:
         messages = [{"role": "user", "content": self._defuse(user)}]

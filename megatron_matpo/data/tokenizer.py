@@ -56,6 +56,10 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, **kwargs: Any
 ) -> str:
@@ -70,7 +74,7 @@ def _compile(source: str, where: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
+    environment.globals["strftime_now"] = _strftime_now
     try:
         return environment.from_string(source)
     except jinja2.TemplateError as error:

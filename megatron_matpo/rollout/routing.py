@@ -122,6 +122,13 @@ class Router(Generic[Params]):
                 f"{url}: the generation ended with {sampled.finish_reason!r} instead of "
                 f"{' or '.join(_FINISHED)}"
             )
+        num_tokens = len(sampled.token_ids)
+        num_covered = sum(span.num_tokens for span in sampled.versions)
+        if len(sampled.logprobs) != num_tokens or num_covered != num_tokens:
+            raise EngineRejected(
+                f"{url}: returned {num_tokens} tokens, but {len(sampled.logprobs)} log-probs and "
+                f"policy versions of {num_covered} tokens"
+            )
         oldest = version - self._max_staleness
         wrong = sorted(
             {span.version for span in sampled.versions if not oldest <= span.version <= version}

@@ -58,6 +58,8 @@ def test_a_turn_cut_by_length_is_closed(name: str) -> None:
     assert after_cut[1] == ENDS[name] + after_whole[1]
     assert tokenizer.decode(after_cut[0]) == after_cut[1]
     assert chat.visible("Let me" + ENDS[name]) == "Let me"
+    assert chat.visible("Let me<|endoftext|>") == "Let me"
+    assert chat.visible("a<s>b") == "a<s>b"
 
 
 def test_chatml_writes_a_newline_after_the_end_and_user_messages() -> None:

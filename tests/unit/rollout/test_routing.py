@@ -93,6 +93,15 @@ def test_staleness_widens_what_is_accepted(version: int, accepted: bool) -> None
             asyncio.run(sampler.sample([1], 9, "c"))
 
 
+def test_every_token_needs_a_logprob_and_a_version() -> None:
+    class Forgetful(Server):
+        async def generate(self, input_ids: list[int], params: int) -> FakeGeneration:
+            return FakeGeneration((1, 2), (-0.5,), "stop", ())
+
+    with pytest.raises(EngineRejected, match="2 tokens, but 1 log-probs and policy versions of 0"):
+        asyncio.run(router_of(Forgetful("a")).sampler(3).sample([1], 9, "c"))
+
+
 def test_an_aborted_generation_is_a_failure() -> None:
     sampler = router_of(Server("a", finish_reason="abort")).sampler(3)
     with pytest.raises(EngineRejected, match="ended with 'abort'"):

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_matpo.config.root import Config
 from megatron_matpo.obs.files import write_atomic
@@ -26,11 +26,15 @@ CLOSE_TIMEOUT_S = 60.0
 _log = logging.getLogger(__name__)
 
 
-def resolve_mode(mode: str) -> str:
+Mode = Literal["online", "offline", "disabled"]
+_MODES: dict[str, Mode] = {"online": "online", "offline": "offline", "disabled": "disabled"}
+
+
+def resolve_mode(mode: str) -> Mode:
     """`online | offline | disabled` for `obs.wandb_mode`; `auto` is online only with a key."""
     if mode == "auto":
         return "online" if os.environ.get("WANDB_API_KEY") else "offline"
-    return mode
+    return _MODES[mode]
 
 
 class WandbLog:
@@ -39,7 +43,7 @@ class WandbLog:
     def __init__(self, config: Config, run_dir: str | Path) -> None:
         """Start or resume the W&B run; with `obs.wandb_mode=disabled` do nothing, ever."""
         self._run: Any = None
-        self._mode = resolve_mode(config.obs.wandb_mode)
+        self._mode: Mode = resolve_mode(config.obs.wandb_mode)
         if self._mode != "disabled":
             self._guard("start", lambda: self._start(config, Path(run_dir)))
 

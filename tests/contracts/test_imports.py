@@ -38,7 +38,7 @@ HEAVY = {
     "transformer_engine": {"megatron"},
     "safetensors": {"megatron"},
     "omegaconf": {"config"},
-    "yaml": {"config"},
+    "yaml": {"config", "obs"},
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "mcp": {"mcp_tools"},

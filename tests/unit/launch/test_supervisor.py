@@ -23,7 +23,7 @@ FAKE_RUN = Path(__file__).with_name("fake_run.py")
 class FakeRun:
     """A supervised run of FakeRoles in a subprocess."""
 
-    def __init__(self, run_dir: Path, *roles: str, start_timeout_s: float = 30, grace_s: float = 1):
+    def __init__(self, run_dir: Path, *roles: str, start_timeout_s: float = 30, grace_s: float = 0.4):
         for name in ("logs", "status"):
             (run_dir / name).mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir

@@ -11,12 +11,12 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from megatron_matpo.config.load import load_resolved
+from megatron_matpo.config.root import Config
+from megatron_matpo.errors import ConfigError
 from megatron_matpo.obs.conversations import read_conversations
 from megatron_matpo.obs.files import write_atomic
 from megatron_matpo.obs.metrics import read_metrics
@@ -29,21 +29,6 @@ MAX_POINTS = 1500
 
 _CHARTED_PREFIXES = ("reward/", "mismatch/", "time/", "eval/", "tokens/", "rollout/workers")
 _CHARTED_NAMES = frozenset({"policy/entropy", "optim/grad_norm", "optim/lr", "policy/clip_frac"})
-_SHOWN_CONFIG = (
-    ("model", "model.path"),
-    ("device", "cluster.gpus_per_node"),
-    ("nodes", "cluster.num_nodes"),
-    ("precision", "precision"),
-    ("trainer", "parallel"),
-    ("engines", "rollout.num_servers"),
-    ("prompts per step", "data.prompts_per_step"),
-    ("samples per prompt", "data.samples_per_prompt"),
-    ("updates per step", "algo.updates_per_step"),
-    ("learning rate", "optim.lr"),
-    ("staleness bound", "rollout.max_staleness"),
-    ("weight transport", "weight_sync.transport"),
-    ("seed", "run.seed"),
-)
 
 
 def build_report(run_dir: str | Path) -> Path:
@@ -58,10 +43,10 @@ def build_report(run_dir: str | Path) -> Path:
     config = _read_config(folder / "config.yaml")
     lines = read_metrics(folder)
     data = {
-        "run": str(_lookup(config, "run.name") or folder.absolute().name),
-        "planned_steps": _lookup(config, "run.steps"),
+        "run": config.run.name if config else folder.absolute().name,
+        "planned_steps": config.run.steps if config else None,
         "written": time.strftime("%Y-%m-%d %H:%M"),
-        "config": list(_shown_config(config)),
+        "config": _shown_config(config) if config else [],
         "series": _series(lines),
         "totals": _totals(lines),
         "conversations": read_conversations(folder / "rollouts"),
@@ -91,35 +76,38 @@ def _page_file(name: str) -> str:
     return (PAGE / name).read_text(encoding="utf-8")
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: Path) -> Config | None:
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        return load_resolved(str(path))
+    except (ConfigError, OSError):
+        return None  # the curves are worth a page without the settings
 
 
-def _lookup(config: Mapping[str, Any], dotted: str) -> Any:
-    value: Any = config
-    for part in dotted.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(part)
-    return value
-
-
-def _shown_config(config: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for label, dotted in _SHOWN_CONFIG:
-        value = _lookup(config, dotted)
-        if value is None or value == "" or isinstance(value, Mapping) != (dotted == "parallel"):
-            continue
-        if dotted == "cluster.gpus_per_node":
-            value = f"{value} GPUs per node" if value else "CPU"
-        elif dotted == "parallel":
-            value = " x ".join(f"{name[0].upper()}P{size}" for name, size in value.items())
-        elif dotted == "model.path":
-            value = Path(str(value)).name or value
-        yield label, str(value)
+def _shown_config(config: Config) -> list[tuple[str, str]]:
+    cluster, parallel = config.cluster, config.parallel
+    device = f"{cluster.gpus_per_node} GPUs per node" if cluster.gpus_per_node else "CPU"
+    sizes = {
+        "TP": parallel.tensor,
+        "PP": parallel.pipeline,
+        "CP": parallel.context,
+        "EP": parallel.expert,
+        "DP": parallel.data,
+    }
+    shown: dict[str, object] = {
+        "model": Path(config.model.path).name,
+        "device": device if cluster.num_nodes == 1 else f"{cluster.num_nodes} nodes, {device}",
+        "precision": config.precision,
+        "trainer": " x ".join(f"{name}{size}" for name, size in sizes.items() if size > 1)
+        or "1 rank",
+        "engines": config.rollout.num_servers,
+        "prompts per step": config.data.prompts_per_step,
+        "samples per prompt": config.data.samples_per_prompt,
+        "updates per step": config.algo.updates_per_step,
+        "learning rate": f"{config.optim.lr:g}",
+        "staleness bound": config.rollout.max_staleness,
+        "seed": config.run.seed,
+    }
+    return [(name, str(value)) for name, value in shown.items() if value != ""]
 
 
 def _series(lines: Sequence[Mapping[str, float | None]]) -> dict[str, list[float | None]]:

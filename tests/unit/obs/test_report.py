@@ -15,6 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_matpo.config.load import dump_config
+from megatron_matpo.config.root import Config
+from megatron_matpo.config.run import RunConfig
+from megatron_matpo.config.train import ModelConfig, ParallelConfig
 from megatron_matpo.obs import conversations
 from megatron_matpo.obs.metrics import FILE_NAME, REQUIRED, MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
@@ -152,20 +156,20 @@ def test_a_line_separator_or_half_a_pair_in_a_text_breaks_no_line(tmp_path: Path
 
 def test_the_page_is_self_contained_and_holds_the_run(tmp_path: Path) -> None:
     write_run(tmp_path, 3)
-    (tmp_path / "config.yaml").write_text(
-        "run: {name: tiny run, steps: 9}\nmodel: {path: /a/b/tiny}\noptim: {lr: 1.0e-4}\n"
-        "cluster: {gpus_per_node: 0}\nparallel: {tensor: 2, pipeline: 1}\n"
+    config = Config(
+        run=RunConfig(name="tiny-run", steps=9),
+        model=ModelConfig(path="/a/b/tiny"),
+        parallel=ParallelConfig(tensor=2, data=4),
     )
+    (tmp_path / "config.yaml").write_text(dump_config(config))
     page = read_page(tmp_path)
     assert page.loads == []
-    assert page.title == "tiny run - megatron_matpo"
+    assert page.title == "tiny-run - megatron_matpo"
     assert page.data["planned_steps"] == 9
-    assert page.data["config"] == [
-        ["model", "tiny"],
-        ["device", "CPU"],
-        ["trainer", "TP2 x PP1"],
-        ["learning rate", "0.0001"],
-    ]
+    shown_config = dict(page.data["config"])
+    assert shown_config["model"] == "tiny"
+    assert (shown_config["device"], shown_config["trainer"]) == ("CPU", "TP2 x DP4")
+    assert shown_config["learning rate"] == "1e-05"
     assert page.data["series"]["step"] == [1, 2, 3]
     assert page.data["series"]["mismatch/max"] == [None, None, None]
     assert page.data["totals"]["sampled"] == 3.0
@@ -185,12 +189,12 @@ def test_the_page_is_self_contained_and_holds_the_run(tmp_path: Path) -> None:
 
 
 def test_untrusted_text_cannot_leave_its_place(tmp_path: Path) -> None:
-    write_run(tmp_path, 1, episode("e", 1.0, EVIL))
-    (tmp_path / "config.yaml").write_text(json.dumps({"run": {"name": f"{{{{data}}}} {EVIL}"}}))
-    page = read_page(tmp_path)
+    folder = tmp_path / "{{data}} <img src=x>"
+    write_run(folder, 1, episode("e", 1.0, EVIL))
+    page = read_page(folder)
     assert page.tags.count("script") == 2 and "img" not in page.tags
     assert EVIL in page.data["conversations"]["texts"]
-    assert page.title.startswith("{{data}} </script>")
+    assert page.title.startswith("{{data}} <img src=x>")
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", page.scripts[1]
     )

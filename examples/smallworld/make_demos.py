@@ -28,7 +28,7 @@ import lexicon as lx
 from make_world import resolve
 
 # Shares among the demonstrations; "single" is the agent that has the web tools itself.
-KINDS = {"planner": 0.4, "worker": 0.4, "single": 0.2}
+KINDS = {"planner": 0.3, "worker": 0.45, "single": 0.25}
 
 # The planner, at a two-hop question.
 PLANNER = {"right": 0.45, "one_hop": 0.25, "wrong_relation": 0.15, "guess": 0.10, "unclosed": 0.05}

@@ -98,7 +98,8 @@ def test_calls_are_what_the_grammar_takes_them_for(call, tools) -> None:
 
 
 def test_recipe_texts_are_those_of_the_lexicon() -> None:
-    agents = yaml.safe_load((FOLDER / "agents.yaml").read_text())["agents"]
+    recipe = FOLDER.parents[1] / "recipes" / "smallworld.yaml"
+    agents = yaml.safe_load(recipe.read_text(encoding="utf-8"))["agents"]
     worker = agents[lx.PLANNER_SERVER]
     assert worker["system_prompt"] == lx.WORKER_SYSTEM
     assert worker["user_template"] == lx.WORKER_USER_TEMPLATE

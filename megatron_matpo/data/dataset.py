@@ -11,7 +11,6 @@ from __future__ import annotations
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (`pyarrow` has no type information.)
-
 import random
 import re
 from collections.abc import Collection, Sequence

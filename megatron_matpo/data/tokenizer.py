@@ -15,7 +15,6 @@ from __future__ import annotations
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (`tokenizers` has no type information.)
-
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime

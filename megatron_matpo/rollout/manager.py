@@ -28,6 +28,7 @@ from megatron_matpo.errors import ConfigError, MatpoError, RolloutError
 from megatron_matpo.mcp_tools.pool import McpToolBox
 from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.rollout.collect import RolloutManager
+from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.rollout.server import ManagerServer
 
@@ -68,10 +69,11 @@ async def _connect(
     config: Config, plan: Plan, engine_key: str, chat: Chat, stack: AsyncExitStack
 ) -> Router[SamplingParams]:
     """A client for every engine of the plan."""
-    from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams
-
     rollout = config.rollout
-    engines = [EngineClient(place.url, engine_key) for place in plan.engines]
+    limit = rollout.request_timeout_s
+    engines = [
+        EngineClient(place.url, engine_key, request_timeout_s=limit) for place in plan.engines
+    ]
     for engine in engines:
         stack.push_async_callback(engine.close)
 

@@ -118,7 +118,7 @@ def _engine(version: int) -> web.Application:
     async def generate(request: web.Request) -> web.Response:
         assert request.headers["Authorization"] == "Bearer engine-key-2"
         body = await request.json()
-        assert "<|im_end|>" == tokenizer.decode(body["sampling_params"]["stop_token_ids"])
+        assert tokenizer.decode(body["sampling_params"]["stop_token_ids"]) == "<|im_end|>"
         ids = tokenizer.encode(_says(tokenizer.decode(body["input_ids"])) + "<|im_end|>")
         meta: dict[str, Any] = {
             "id": "x",

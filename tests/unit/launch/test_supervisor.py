@@ -23,7 +23,9 @@ FAKE_RUN = Path(__file__).with_name("fake_run.py")
 class FakeRun:
     """A supervised run of FakeRoles in a subprocess."""
 
-    def __init__(self, run_dir: Path, *roles: str, start_timeout_s: float = 30, grace_s: float = 0.4):
+    def __init__(
+        self, run_dir: Path, *roles: str, start_timeout_s: float = 30, grace_s: float = 0.4
+    ):
         for name in ("logs", "status"):
             (run_dir / name).mkdir(parents=True, exist_ok=True)
         self.run_dir = run_dir
@@ -130,11 +132,11 @@ def test_a_recorded_failure_comes_before_the_exit_code(fake_run):
 
 
 def test_a_role_that_is_not_ready_in_time_is_named(fake_run):
-    run = fake_run("engine-0", "trainer ready", start_timeout_s=1)
+    run = fake_run("engine-0", "trainer ready", start_timeout_s=4)
     code, output = run.wait()
     assert code == 1
     assert "first failure: engine-0, phase start" in output
-    assert "run.start_timeout_s=1" in output
+    assert "run.start_timeout_s=4" in output
     assert "| Fake engine-0 says hello" in output
 
 

@@ -25,6 +25,8 @@ from megatron_matpo.types import INFRASTRUCTURE_FAILURES, Episode, Group
 RunEpisode = Callable[[str, Question], Awaitable[EpisodeTree]]
 """(episode id, question) -> what it left behind; failures are statuses."""
 
+RETRY_PAUSE_S = 1.0
+"""Before a fresh attempt: lets a restarting server come back; times 2 for each further one."""
 _MAX_REASONS = 5
 _MAX_REASON_CHARS = 300
 
@@ -93,6 +95,7 @@ class Scheduler:
                 is_failed = tree.planner.status in INFRASTRUCTURE_FAILURES
                 if not is_failed or num_retries >= self._config.max_episode_retries:
                     break
+                await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
                 num_retries += 1
         answer, reward, failure = "", None, ""
         if is_failed:

@@ -14,6 +14,7 @@ from megatron_matpo.config.root import Config
 from megatron_matpo.config.run import ObsConfig
 from megatron_matpo.errors import ConfigError, EngineUnreachable, RolloutError, ToolError
 from megatron_matpo.obs import metrics as registry
+from megatron_matpo.rollout import scheduler
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.types import RolloutBatch, Status
 from tests.helpers.rollouts import (
@@ -26,6 +27,12 @@ from tests.helpers.rollouts import (
     make_question,
     search,
 )
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "RETRY_PAUSE_S", 0.0)
+
 
 QUESTIONS = {
     "train": [make_question(f"Who is {i}?") for i in range(5)],

@@ -43,9 +43,9 @@ def test_extract(said: str, expected: str | None) -> None:
 
 
 def test_extract_takes_linear_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert extract_answer("\\boxed{" * 50_000) is None
-    assert time.perf_counter() - start < 1.0
+    assert time.process_time() - start < 1.0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ MAX_POINTS = 1500
 """Longer runs are thinned out; the first and the last step stay."""
 
 _CHARTED_PREFIXES = ("reward/", "mismatch/", "time/", "eval/", "tokens/", "rollout/workers")
-_CHARTED_NAMES = frozenset({"policy/entropy", "optim/grad_norm", "optim/lr", "policy/clip_frac"})
+_CHARTED_NAMES = frozenset({"policy/entropy", "optim/grad_norm", "loss/sft"})
 
 
 def build_report(run_dir: str | Path) -> Path:

@@ -56,11 +56,15 @@ function header() {
   const step = STEPS.length ? STEPS[STEPS.length - 1] : 0;
   tile(DATA.planned_steps ? step + " / " + DATA.planned_steps : String(step), "training steps");
   const share = (value) => (known(value) ? (100 * value).toFixed(1) + "%" : "-");
-  tile(short(lastOf("reward/total")), "reward, last step");
-  tile(share(lastOf("reward/accuracy")), "accuracy, last step");
+  // A supervised run has no rewards.
+  if (known(lastOf("loss/sft"))) tile(short(lastOf("loss/sft")), "loss, last step");
+  if (known(lastOf("reward/total"))) tile(short(lastOf("reward/total")), "reward, last step");
+  if (known(lastOf("reward/accuracy"))) tile(share(lastOf("reward/accuracy")), "accuracy, last step");
   if (SERIES["eval/reward/accuracy"]) tile(share(lastOf("eval/reward/accuracy")), "eval accuracy");
-  tile(short(lastOf("mismatch/abs_logprob")), "log-prob mismatch, nat");
-  tile(short(DATA.totals.sampled), "tokens sampled");
+  const mismatch = lastOf("mismatch/abs_logprob");
+  if (known(mismatch)) tile(short(mismatch), "log-prob mismatch, nat");
+  tile(short(DATA.totals.sampled || DATA.totals.trained),
+    DATA.totals.sampled ? "tokens sampled" : "tokens trained");
   tile(duration(DATA.totals.step_s), "in steps");
   for (const [name, value] of DATA.config) {
     const chip = el("span", "chip", name);

@@ -145,6 +145,8 @@ function chartSpecs() {
     { title: "Reward", note: "mean over scored episodes; thin: each step, thick: smoothed", unit: true,
       zero: true, smooth: true, lines: [line("reward/total", "total", "s1"),
         line("reward/accuracy", "accuracy", "s2"), line("reward/format", "format", "s3")] },
+    { title: "Supervised loss", note: "cross entropy, nat per token", zero: true, smooth: true,
+      lines: [line("loss/sft", "loss", "s1")] },
     { title: "Evaluation", note: "on the evaluation set", unit: true, zero: true, sparse: true,
       lines: [line("eval/reward/total", "total", "s1"), line("eval/reward/accuracy", "accuracy", "s2")] },
     { title: "Engine-trainer mismatch", note: "difference of log-probs, nat, log scale", log: true,
@@ -164,7 +166,7 @@ function chartSpecs() {
 function charts() {
   const drawn = [];
   for (const chart of chartSpecs()) {
-    chart.lines = chart.lines.filter((line) => line.values.some((v) => known(v) && (v !== 0 || !chart.log)));
+    chart.lines = chart.lines.filter((line) => line.values.some((v) => known(v) && (v !== 0 || !(chart.log || chart.stacked))));
     if (!chart.lines.length) continue;
     const host = el("section", "chart");
     host.append(el("h3", "", chart.title), el("div", "note", chart.note));

@@ -26,8 +26,7 @@ def train(run: Run) -> None:
     """
     config = run.config
     progress = run.resume()
-    run.rollouts.connect()
-    run.sync.connect()
+    run.connect()
     with run.clock.phase("sync"):
         served = run.sync.push(progress.policy_version)
     while progress.step < config.run.steps:

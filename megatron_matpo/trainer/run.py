@@ -112,6 +112,12 @@ class Run:
             self.log.resume_after(progress.step)
         return progress
 
+    def connect(self) -> None:
+        """Wait for the manager and the engines, inside `run.start_timeout_s`."""
+        self.clock.enter("connect")
+        self.rollouts.connect()
+        self.sync.connect()
+
     def record(
         self,
         step: int,

@@ -22,12 +22,12 @@ def form_group(
         torch.distributed.DistStoreError: not everybody came inside `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
-    rendezvous = c10d.rendezvous(f"tcp://{host}:{port}", 0, world_size, timeout=timeout)
-    store, rank, world_size = next(rendezvous)
-    store.set_timeout(timeout)
+    # Not torch's tcp:// rendezvous: under torchrun that makes rank 0 a client of a store which
+    # torchrun's agent would have to serve.
+    store = dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout)
     group, _ = c10d._new_process_group_helper(
         world_size,
-        rank,
+        0,
         [],
         c10d.Backend(backend),
         c10d.PrefixStore(name, store),

@@ -116,8 +116,10 @@ def sync_with(engines, timeout_s=60.0):
 
 
 @pytest.mark.timeout(120)
-def test_two_engines_receive_every_tensor_and_report_the_version():
+def test_two_engines_receive_every_tensor_and_report_the_version(monkeypatch):
     engines = [FakeEngine(), FakeEngine()]
+    # As in a trainer rank, which torchrun starts with this set; the engines are started without.
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     sync = sync_with(engines)
     sync.connect()
     assert sync.push(4) == 4

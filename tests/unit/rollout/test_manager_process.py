@@ -180,6 +180,7 @@ def _collect(run: tuple[Path, Plan], version: int, asked: int) -> tuple[int, byt
     return status, body, log, process.returncode
 
 
+@pytest.mark.smoke
 def test_a_step_over_http_and_a_clean_end(run: tuple[Path, Plan]) -> None:
     status, body, log, code = _collect(run, version=4, asked=4)
     assert status == 200, body
@@ -197,6 +198,7 @@ def test_a_step_over_http_and_a_clean_end(run: tuple[Path, Plan]) -> None:
         assert secret not in log
 
 
+@pytest.mark.smoke
 def test_a_missed_weight_push_is_named(run: tuple[Path, Plan]) -> None:
     status, body, _, _ = _collect(run, version=3, asked=4)
     failure = json.loads(body)

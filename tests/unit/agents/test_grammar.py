@@ -212,7 +212,7 @@ def test_time_is_linear(piece: str) -> None:
             best = min(best, time.process_time() - start)
         return best
 
-    # 8 times the text: 8 times the time; 64 times if it were quadratic. CPU time, with 2 ms of slack.
+    # 8 times the text: 8 times the CPU time; 64 times if it were quadratic. 2 ms of slack.
     assert seconds(320_000) < 24 * seconds(40_000) + 0.002
 
 

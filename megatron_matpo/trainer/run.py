@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
 from megatron_matpo.trainer.rollouts import Rollouts
 from megatron_matpo.types import PolicyVersion, RolloutBatch, TrainSample
+
+_log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Folder of the run that holds them."""
@@ -84,8 +87,11 @@ class RunLog:
             write_rollouts_jsonl(path, batch, advantages)
 
     def report(self) -> None:
-        """Rewrite `report.html`."""
-        build_report(self._run_dir)
+        """Rewrite `report.html`; a disk that refuses it does not end the training."""
+        try:
+            build_report(self._run_dir)
+        except OSError as error:
+            _log.warning("report.html was not written: %s", error)
 
     def close(self) -> None:
         """Finish the W&B run."""

@@ -61,7 +61,7 @@ class EngineControl(Protocol):
         dtypes: Sequence[str],
         shapes: Sequence[Sequence[int]],
         group_name: str,
-        weight_version: str,
+        weight_version: str | None,
         load_format: str | None,
         flush_cache: bool,
         deadline_s: float,
@@ -175,9 +175,10 @@ class BroadcastSync:
                     dtypes=bucket.dtypes,
                     shapes=bucket.shapes,
                     group_name=self._group_name,
-                    weight_version=str(version),
+                    # The engine takes the version with the bucket, so only the last one carries it.
+                    weight_version=str(version) if bucket.is_last else None,
                     load_format="flattened_bucket",
-                    flush_cache=True,
+                    flush_cache=bucket.is_last,
                     deadline_s=self._config.timeout_s,
                 )
                 for engine in self._engines

@@ -23,6 +23,8 @@ class Bucket:
     shapes: tuple[tuple[int, ...], ...]
     data: Tensor
     """[num_bytes] uint8, contiguous."""
+    is_last: bool
+    """No tensor follows this bucket's."""
 
 
 def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
@@ -37,19 +39,20 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         num_bytes = tensor.numel() * tensor.element_size()
         other_dtype = bool(pending) and pending[-1][1].dtype != tensor.dtype
         if pending and (other_dtype or size + num_bytes > bucket_bytes):
-            yield _flatten(pending)
+            yield _flatten(pending, is_last=False)
             pending, size = [], 0
         pending.append((name, tensor))
         size += num_bytes
     if pending:
-        yield _flatten(pending)
+        yield _flatten(pending, is_last=True)
 
 
-def _flatten(pending: list[tuple[str, Tensor]]) -> Bucket:
+def _flatten(pending: list[tuple[str, Tensor]], *, is_last: bool) -> Bucket:
     flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in pending]
     return Bucket(
         names=tuple(name for name, _ in pending),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in pending),
         shapes=tuple(tuple(tensor.shape) for _, tensor in pending),
         data=torch.cat(flat),
+        is_last=is_last,
     )

@@ -92,7 +92,7 @@ class FakeEngine:
         assert request["load_format"] == "flattened_bucket"
         self.pipe.send({k: request[k] for k in ("names", "dtypes", "shapes")})
         self.weights |= await asyncio.to_thread(self.pipe.recv)
-        if self.mode != "forgets":
+        if self.mode != "forgets" and request["weight_version"] is not None:
             self.version = request["weight_version"]
 
     async def weight_version(self, **_):

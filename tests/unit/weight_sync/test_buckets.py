@@ -19,7 +19,9 @@ def named():
 @pytest.mark.parametrize("limit", [1, 100, 200, 1 << 20])
 def test_buckets_rebuild_the_tensors(limit):
     rebuilt = []
-    for bucket in make_buckets(named(), limit):
+    buckets = list(make_buckets(named(), limit))
+    assert [bucket.is_last for bucket in buckets] == [False] * (len(buckets) - 1) + [True]
+    for bucket in buckets:
         at = 0
         for name, dtype, shape in zip(bucket.names, bucket.dtypes, bucket.shapes, strict=True):
             kind = getattr(torch, dtype)

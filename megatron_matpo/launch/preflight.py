@@ -26,7 +26,7 @@ def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
 
 
 def machine_violations(config: Config, command: Command) -> list[str]:
-    """Violations that only this machine can show: datasets and the address to bind to."""
+    """Violations that only this machine can show: datasets, tokenizer, the address to bind to."""
     problems: list[str] = []
     if command == "train" and not config.rollout.replay:
         problems += _dataset_violations(config, "data.train", config.data.train)
@@ -39,6 +39,7 @@ def machine_violations(config: Config, command: Command) -> list[str]:
         )
     if command == "sft":
         problems += _conversation_violations(config.sft.data)
+    problems += _template_violations(config.model.path)
     problems += _host_violations(config.cluster.host)
     return problems
 
@@ -69,6 +70,20 @@ def _conversation_violations(value: str) -> list[str]:
         return ["sft.data=: expected a JSONL file of conversations"]
     if not Path(value).is_file():
         return [f"sft.data={value}: no such file"]
+    return []
+
+
+def _template_violations(folder: str) -> list[str]:
+    """The tokenizer loads, and its chat template can be appended to."""
+    if not (Path(folder) / "tokenizer.json").is_file():
+        return []  # reported with the model's other missing files
+    from megatron_matpo.data.chat import Chat
+    from megatron_matpo.data.tokenizer import Tokenizer
+
+    try:
+        Chat(Tokenizer.load(folder))
+    except ConfigError as error:
+        return [str(error)]
     return []
 
 

@@ -6,6 +6,7 @@ goes away is cancelled, and with it every episode that it started.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import logging
@@ -89,7 +90,9 @@ class ManagerServer:
             return _failure(400, "ValueError", f"not a collect request: {error}")
         try:
             batch = await self._collector.collect(step, version, split)
-            return web.Response(body=wire.encode(batch), content_type="application/octet-stream")
+            # Large batches take seconds to encode; other requests are answered meanwhile.
+            body = await asyncio.to_thread(wire.encode, batch)
+            return web.Response(body=body, content_type="application/octet-stream")
         except MatpoError as error:
             _log.error("step %d (%s): %s", step, split, error)
             return _failure(500, type(error).__name__, str(error))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,6 +14,7 @@ import pytest
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.preflight import check_recipe
 
+POLICY = Path(__file__).parents[3] / "examples" / "smallworld" / "policy"
 ROW = {
     "data_source": "fake",
     "prompt": [
@@ -52,8 +55,9 @@ def recipe(tmp_path):
             }
         )
     )
-    for name in ("tokenizer.json", "model.safetensors"):
-        (model / name).touch()
+    (model / "model.safetensors").touch()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(POLICY / name, model)
     pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "train.parquet")
     (tmp_path / "demos.jsonl").write_text("{}\n")
     path = tmp_path / "recipe.yaml"
@@ -132,3 +136,8 @@ def test_sft_needs_its_conversations_only(recipe):
 def test_replay_needs_no_dataset_and_no_engines(recipe, tmp_path):
     overrides = ["data.train=", "rollout.python=no/python", f"rollout.replay={tmp_path}"]
     check_recipe(str(recipe), overrides, "train")
+
+
+def test_a_template_that_cannot_be_appended_to_is_told(recipe, tmp_path):
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    assert any("cannot be used for multi-turn agents" in p for p in problems_of(recipe))

@@ -12,27 +12,23 @@ die() {
 }
 
 python="${MATPO_PYTHON:-python3.11}"
-command -v "$python" >/dev/null ||
-    die "$python is missing. Install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)," \
-        "or set MATPO_PYTHON to a Python 3.11"
-"$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
-    die "$python is $("$python" --version); Python 3.11 is needed"
-"$python" -c 'import venv, ensurepip' 2>/dev/null ||
-    die "$python has no venv module. Install it (Debian, Ubuntu: apt-get install python3.11-venv)"
 
-stamp_of() { # Prints a hash of all files named, and of where the tree lies (an environment holds absolute paths).
-    "$python" - "$PWD" "$@" <<'PY'
-import hashlib, pathlib, sys
-
-digest = hashlib.sha256(sys.argv[1].encode())
-for name in sys.argv[2:]:
-    digest.update(pathlib.Path(name).read_bytes())
-print(digest.hexdigest())
-PY
+stamp_of() { # Hash of the files named, and of where the tree lies (environments hold absolute paths).
+    { echo "$PWD" && cat "$@"; } | sha256sum | cut -d ' ' -f 1
 }
 
 is_current() { # is_current DIRECTORY STAMP
     [[ -f "$1/.matpo-stamp" && "$(<"$1/.matpo-stamp")" == "$2" ]]
+}
+
+check_python() {
+    command -v "$python" >/dev/null ||
+        die "$python is missing. Install it (Debian, Ubuntu: apt-get install python3.11 python3.11-venv)," \
+            "or set MATPO_PYTHON to a Python 3.11"
+    "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+        die "$python is $("$python" --version); Python 3.11 is needed"
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        die "$python has no venv module. Install it (Debian, Ubuntu: apt-get install python3.11-venv)"
 }
 
 # --no-compile: byte code is written on first import, for the few modules that are really imported.
@@ -55,12 +51,22 @@ make_rollout() { # make_rollout STAMP
     [[ -x .venv-rollout/bin/python ]] || "$python" -m venv .venv-rollout
     pip_install .venv-rollout -r requirements/rollout-cpu.txt
     pip_install .venv-rollout --no-deps -r requirements/rollout-cpu-nodeps.txt
+    # Shows that everything SGLang imports is there, and writes its byte code before a run waits for it.
+    SGLANG_USE_CPU_ENGINE=1 .venv-rollout/bin/python megatron_matpo/rollout/sglang_cpu/serve.py --help \
+        >/dev/null 2>.venv-rollout/check.log ||
+        die "SGLang cannot be imported; the reason is in .venv-rollout/check.log"
     echo "$1" >.venv-rollout/.matpo-stamp
 }
 
 trainer_stamp="$(stamp_of tools/setup.sh pyproject.toml requirements/trainer-cpu.txt)"
 rollout_stamp="$(stamp_of tools/setup.sh requirements/rollout-cpu.txt requirements/rollout-cpu-nodeps.txt)"
 
+if is_current .venv "$trainer_stamp" && is_current .venv-rollout "$rollout_stamp"; then
+    exit 0
+fi
+check_python
+# The installations run in the background, which Ctrl-C does not reach by itself.
+trap 'trap - TERM; kill 0' INT TERM
 trainer_pid=""
 rollout_pid=""
 start_s="$SECONDS"

@@ -1,0 +1,21 @@
+# Everything runs from .venv; `make setup` creates it and .venv-rollout (SGLang).
+.PHONY: setup quickstart test lint clean
+.DEFAULT_GOAL := test
+
+setup:
+	@tools/setup.sh
+
+quickstart: setup
+	.venv/bin/matpo train recipes/quickstart.yaml
+
+test: lint
+	.venv/bin/python -m pytest -m "not gpu"
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+clean:
+	rm -rf .venv .venv-rollout *.egg-info build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -41,17 +42,15 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from megatron_matpo.errors import CheckpointError
+from megatron_matpo.megatron import optimizer_state
 from megatron_matpo.megatron.hf_io import flush_to_disk, replace_folder
 from megatron_matpo.megatron.model import unwrap
-from megatron_matpo.megatron.optimizer import load_state
 from megatron_matpo.megatron.parallel import ParallelState
 
 _LATEST = "latest"
 _MANIFEST = "manifest.json"
 _EXTRA = "extra.json"
 _STEP = re.compile(r"step_(\d+)")
-# The only one of Megatron's formats that is neither deprecated nor bound to TP and PP.
-_SHARDING = "fully_reshardable"
 
 
 class _InProcessSave(TorchDistSaveShardedStrategy):
@@ -113,9 +112,10 @@ def save_checkpoint(
     dist.all_gather_object(problems, problem)
     if any(problems):
         raise CheckpointError(f"checkpoint {target} was not written: {'; '.join(problems)}")
+    record = {"layout": _layout(state), "model": _identity(models), "extra": extra}
     _on_rank_0(
         state,
-        lambda: _commit(root, temporary, target, {"layout": _layout(state), "extra": extra}),
+        lambda: _commit(root, temporary, target, record),
         f"checkpoint {target} was not completed",
     )
     _on_rank_0(state, lambda: _prune(root, max(1, keep_last), step), f"cannot prune {root}")
@@ -141,16 +141,21 @@ def load_checkpoint(
     if found is None:
         return None
     path, saved = found
+    own = _identity(models)
+    if saved["model"] != own:
+        raise CheckpointError(f"{path} is of another model: {saved['model']}, this one is {own}")
     same_layout = saved["layout"] == _layout(state)
     request = _sharded_state(models, optimizer, state, is_loading=True)
     if not same_layout:
         del request["rng"]
     try:
         loaded: Any = dist_checkpointing.load(request, path)
-    except (dist_checkpointing.core.CheckpointingException, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit this model: {error}") from error
-    unwrap(models[0]).load_state_dict(loaded["model"])
-    load_state(optimizer, loaded["optimizer"])
+    except (CheckpointingException, CheckpointException) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {error}") from error
+    # Loading fills the request in place, so the description of the model is asked for again.
+    model = unwrap(models[0])
+    optimizer_state.restore(model, optimizer, model.sharded_state_dict(), loaded["optimizer"])
+    model.load_state_dict(loaded["model"])
     if same_layout:
         _set_rng_state(loaded["rng"])
     return saved["extra"]
@@ -175,24 +180,33 @@ def _layout(state: ParallelState) -> dict[str, int]:
     return {"tensor": state.tp_size, "pipeline": state.pp_size, "data": state.dp_size}
 
 
+def _identity(models: Sequence[Any]) -> dict[str, int]:
+    """What must be equal for a checkpoint to fit; the same for every layout."""
+    model = unwrap(models[0])
+    config = model.config
+    return {
+        "layers": config.num_layers,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_query_groups or config.num_attention_heads,
+        "head_dim": config.kv_channels or 0,
+        "ffn": config.ffn_hidden_size or 0,
+        "tied_embeddings": int(model.share_embeddings_and_output_weights),
+    }
+
+
 def _sharded_state(
     models: Sequence[Any], optimizer: MegatronOptimizer, state: ParallelState, is_loading: bool
 ) -> dict[str, Any]:
     """This rank's part of everything, described so that other ranks' parts complete it."""
-    metadata = {
-        "distrib_optim_sharding_type": _SHARDING,
-        # Gather optimizer state in host memory; on the CPU there is no other.
-        "distrib_optim_fully_reshardable_mem_efficient": state.device.type == "cuda",
-    }
     with warnings.catch_warnings():
         # Megatron's own use of deprecated torch calls; one line per tensor otherwise.
         warnings.simplefilter("ignore")
-        model = unwrap(models[0]).sharded_state_dict(metadata=dict(metadata))
+        chunk = unwrap(models[0])
+        model = chunk.sharded_state_dict()
         return {
             "model": model,
-            "optimizer": optimizer.sharded_state_dict(
-                model, is_loading=is_loading, metadata=dict(metadata)
-            ),
+            "optimizer": optimizer_state.describe(chunk, optimizer, model, state, is_loading),
             "rng": ShardedObject("rng", _rng_state(), (state.world_size,), (state.rank,)),
         }
 

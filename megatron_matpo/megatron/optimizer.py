@@ -17,6 +17,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_matpo.config import Config
 from megatron_matpo.config.train import OptimConfig
 from megatron_matpo.errors import NonFiniteError
+from megatron_matpo.megatron.optimizer_state import member_of
 from megatron_matpo.megatron.parallel import resolve_precision
 
 
@@ -54,51 +55,26 @@ def build_optimizer(config: Config, models: Sequence[Any]) -> MegatronOptimizer:
             bf16=dtype.itemsize == 2,
         ),
         list(models),
-        # Where NCCL is the backend, checkpoints gather optimizer state through host memory.
-        use_gloo_process_groups=config.cluster.device == "cuda",
+        use_gloo_process_groups=False,
     )
-    for member in _members(optimizer):
-        _create_moments(member.optimizer)
+    _create_moments(member_of(optimizer).optimizer)
     return optimizer
 
 
 def _create_moments(inner: torch.optim.Optimizer | None) -> None:
-    """Make torch's AdamW state now instead of in its first step.
+    """Make the moments now instead of in the first step.
 
-    Megatron cannot describe an optimizer without state (`distrib_optimizer.py:641`), which would
-    leave a run unable to save before its first update, or to restore into a new process.
+    A run could otherwise neither save before its first update nor restore into a new process.
     """
-    if not isinstance(inner, torch.optim.AdamW):
+    if inner is None:
         return
     for group in inner.param_groups:
         for parameter in group["params"]:
-            inner.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-
-def load_state(optimizer: MegatronOptimizer, saved: dict[str, Any]) -> None:
-    """Take over what `optimizer.sharded_state_dict` described and a checkpoint filled in.
-
-    Megatron's loader of the `fully_reshardable` format leaves torch AdamW's `step` out of the
-    source but asks for it in the target (`distrib_optimizer.py:940,2101`), so `step`, which the
-    first half restores, is put aside during the second.
-    """
-    (member,) = _members(optimizer)
-    member.load_state_dict({k: v for k, v in saved.items() if not k.startswith("param_state")})
-    states = [s for s in member.optimizer.state.values() if "step" in s]
-    steps = [s.pop("step") for s in states]
-    member.load_parameter_state_from_fully_reshardable(saved["param_state"])
-    for state, step_count in zip(states, steps, strict=True):
-        # torch's loader shares one tensor between all parameters, each of which counts it up.
-        state["step"] = step_count.clone()
-
-
-def _members(optimizer: MegatronOptimizer) -> list[Any]:
-    """Megatron chains one optimizer per kind of parameter; a dense model has one."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            if isinstance(inner, torch.optim.AdamW):
+                # Transformer Engine's FusedAdam counts in the parameter groups instead.
+                moments["step"] = torch.tensor(0.0)
+            inner.state[parameter] = moments
 
 
 def step(optimizer: MegatronOptimizer, optim: OptimConfig, update_index: int) -> float:
@@ -117,8 +93,8 @@ def step(optimizer: MegatronOptimizer, optim: OptimConfig, update_index: int) ->
             f"gradient norm {grad_norm} at update {update_index}; nothing was changed"
         )
     if optim.clip_grad > 0:
-        for member in _members(optimizer):
-            clip_grad_by_total_norm_fp32(member.get_parameters(), optim.clip_grad, grad_norm)
+        parameters = member_of(optimizer).get_parameters()
+        clip_grad_by_total_norm_fp32(parameters, optim.clip_grad, grad_norm)
     lr = learning_rate(optim, update_index)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)

@@ -154,8 +154,8 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
         context_parallel_size=parallel.context,
         # Megatron makes a timedelta of it, which takes fractions.
         distributed_timeout_minutes=config.train.timeout_s / 60,  # type: ignore[arg-type]
-        # For checkpoints: optimizer state is gathered in host memory.
-        create_gloo_process_groups=device.type == "cuda",
+        # Second groups on gloo serve checkpoint formats that are not used here.
+        create_gloo_process_groups=False,
     )
     state = ParallelState(
         rank=dist.get_rank(),

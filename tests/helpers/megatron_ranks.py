@@ -1,0 +1,256 @@
+"""Functions that run on gloo ranks: each joins a layout, does one thing, and leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from megatron_matpo.config import Config
+from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron_matpo.megatron import checkpoint
+from megatron_matpo.megatron.actor import MegatronActor
+from megatron_matpo.megatron.batch import MicroBatch, empty_micro_batch
+from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
+from megatron_matpo.megatron.parallel import (
+    ParallelState,
+    data_group,
+    destroy_parallel,
+    init_parallel,
+    tensor_group,
+)
+from megatron_matpo.megatron.schedule import forward_backward
+from tests.helpers.dist import RankInfo
+from tests.helpers.tiny import weighted_loss
+
+
+@contextlib.contextmanager
+def layout(info: RankInfo, config: Config) -> Iterator[ParallelState]:
+    """Join the layout of `config.parallel`, and leave it again."""
+    state = init_parallel(
+        config,
+        rank=info.rank,
+        world_size=info.world_size,
+        master_addr="127.0.0.1",
+        master_port=info.port,
+    )
+    try:
+        yield state
+    finally:
+        destroy_parallel()
+
+
+def make_actor(config: Config, state: ParallelState) -> MegatronActor:
+    """An actor with the weights of `model.path`."""
+    actor = MegatronActor(config, HfModelConfig.from_folder(config.model.path), state)
+    actor.load_initial()
+    return actor
+
+
+def share(batches: Sequence[MicroBatch], state: ParallelState) -> list[MicroBatch]:
+    """This replica's batches, evened out with empty ones."""
+    mine = list(batches[state.dp_rank :: state.dp_size])
+    most = -(-len(batches) // state.dp_size)
+    return mine + [empty_micro_batch()] * (most - len(mine))
+
+
+def whole_story(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path
+) -> dict[str, Any]:
+    """Load, score, differentiate, update three times, export and save in one layout.
+
+    Every rank returns its scores and update results; rank 0 also what it exported.
+    """
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        mine = share(batches, state)
+        story: dict[str, Any] = {"dp_rank": state.dp_rank, "initial": dict(actor.export())}
+        story["scores"] = actor.score(mine)
+        story["grads"] = grads(actor, config, mine, state)
+        story["updates"] = [actor.update(mine, weighted_loss, i) for i in range(3)]
+        story["final"] = dict(actor.export())
+        actor.save_hf(folder)
+        if state.is_logging_rank:
+            story["saved"] = load_file(folder / "model.safetensors")
+        return story
+
+
+def grads(
+    actor: MegatronActor, config: Config, batches: Sequence[MicroBatch], state: ParallelState
+) -> dict[str, torch.Tensor]:
+    """Full gradients by Hugging Face name on rank 0: what export gives with grads for weights."""
+    hf = HfModelConfig.from_folder(config.model.path)
+    (model,) = actor._models
+    model.zero_grad_buffer()
+    forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
+    for buffer in model.buffers:
+        # Each data-parallel rank has reduced its shard only.
+        shards = [shard.clone() for shard in buffer.grad_data.chunk(state.dp_size)]
+        dist.all_gather(shards, shards[state.dp_rank].clone(), group=data_group())
+        buffer.grad_data.copy_(torch.cat(shards))
+    kept = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.main_grad)
+        exported = dict(actor.export())
+        for parameter, value in zip(model.parameters(), kept, strict=True):
+            parameter.copy_(value)
+    return exported
+
+
+def only_grads(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch]
+) -> dict[str, torch.Tensor]:
+    """`grads` in one layout."""
+    with layout(info, config) as state:
+        return grads(make_actor(config, state), config, share(batches, state), state)
+
+
+def train_and_save(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path, until: int
+) -> dict[str, Any]:
+    """Resume from `folder` or start; update until `until`, saving after every update."""
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        extra = actor.restore(folder)
+        first = extra["updates"] if extra else 0
+        draws = [float(torch.rand(()))]
+        results = []
+        for i in range(first, until):
+            results.append(actor.update(share(batches, state), weighted_loss, i))
+            actor.save(folder, i + 1, {"updates": i + 1})
+            draws.append(float(torch.rand(())))
+        return {
+            "extra": extra,
+            "results": results,
+            "draws": draws,
+            "weights": dict(actor.export()),
+        }
+
+
+def save_then_die(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path, when: str
+) -> None:
+    """Save step 1, update, and be killed on every rank while saving step 2.
+
+    `when` is "writing" (rank 0's data is on disk, the folder not renamed) or "renamed" (the folder
+    is complete, `latest` still names the older one).
+    """
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        actor.save(folder, 1, {"updates": 1})
+        actor.update(share(batches, state), weighted_loss, 1)
+        if when == "writing":
+            checkpoint._commit = _die
+        else:
+            os.replace = _die
+        actor.save(folder, 2, {"updates": 2})
+
+
+def _die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def failing_save(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path
+) -> str:
+    """Save step 1; then save step 2 with a disk that is full on rank 1. What every rank is told."""
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        actor.save(folder, 1, {"updates": 1})
+        if state.rank == 1:
+            checkpoint.FileSystemWriter.write_data = _disk_full
+        try:
+            actor.save(folder, 2, {"updates": 2})
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+
+def _disk_full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def restore_error(info: RankInfo, config: Config, folder: Path) -> str:
+    """The error that restoring from `folder` gives on this rank."""
+    with layout(info, config) as state:
+        try:
+            make_actor(config, state).restore(folder)
+        except CheckpointError as error:
+            return str(error)
+        return ""
+
+
+def non_finite_updates(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch]
+) -> dict[str, Any]:
+    """Updates whose loss or gradient is not finite, then a good one; errors and weights."""
+
+    def bad_loss(logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch) -> Any:
+        loss, metrics = weighted_loss(logprobs, entropy, batch)
+        return loss * float("nan"), metrics
+
+    def bad_grad(logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch) -> Any:
+        # Finite forward, infinite derivative.
+        return (logprobs.sum() * 0).sqrt(), {"tokens": batch.loss_mask.sum()}
+
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        mine = share(batches, state)
+        story: dict[str, Any] = {"errors": []}
+        for loss_fn in (bad_loss, bad_grad):
+            try:
+                actor.update(mine, loss_fn, 0)
+            except NonFiniteError as error:
+                story["errors"].append(str(error))
+        story["kept"] = dict(actor.export())
+        story["good"] = actor.update(mine, weighted_loss, 0)
+        return story
+
+
+def sharded_logprobs(
+    info: RankInfo, config: Config, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int
+) -> list[dict[str, torch.Tensor]]:
+    """`vocab_parallel_logprobs` of this rank's columns for several chunk sizes, with gradients."""
+    results = []
+    with layout(info, config) as state:
+        for chunk_tokens in (1, 3, 1000):
+            columns = logits.chunk(state.tp_size, dim=-1)[state.tp_rank].clone().requires_grad_()
+            logprobs, entropy = vocab_parallel_logprobs(
+                columns * 1,
+                labels,
+                vocab_size=vocab_size,
+                temperature=0.7,
+                tp_group=tensor_group(),
+                chunk_tokens=chunk_tokens,
+            )
+            weights = torch.arange(1, labels.numel() + 1, dtype=torch.float32).view_as(labels)
+            (logprobs * weights).sum().backward()
+            results.append(
+                {"logprobs": logprobs.detach(), "entropy": entropy, "grad": columns.grad}
+            )
+    return results
+
+
+def layout_error(info: RankInfo, config: Config) -> str:
+    """The ConfigError of joining the layout or building the model."""
+    try:
+        with layout(info, config) as state:
+            make_actor(config, state)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def random_init(info: RankInfo, config: Config) -> dict[str, torch.Tensor]:
+    """Seeded random weights, exported."""
+    with layout(info, config) as state:
+        return dict(make_actor(config, state).export())

@@ -1,0 +1,191 @@
+"""The actor in one process: what it refuses, what its arguments mean. No second rank is needed.
+
+Numbers are checked against transformers in `tests/dist/test_layouts.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_matpo.config import Config
+from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.config.train import OptimConfig, ParallelConfig
+from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron import cpu_backend, hf_io
+from megatron_matpo.megatron.actor import MegatronActor
+from megatron_matpo.megatron.batch import empty_micro_batch
+from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
+from megatron_matpo.megatron.optimizer import learning_rate
+from megatron_matpo.megatron.parallel import ParallelState, destroy_parallel, init_parallel
+from tests.helpers.dist import free_port
+from tests.helpers.tiny import (
+    make_batch,
+    make_tiny_model,
+    reference_logprobs,
+    tiny_config,
+    weighted_loss,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("actor") / "model", tied=True)
+
+
+@pytest.fixture(scope="module")
+def state(folder: Path):
+    yield init_parallel(tiny_config(folder), rank=0, world_size=1, master_port=free_port())
+    destroy_parallel()
+
+
+def make_actor(config: Config, state: ParallelState) -> MegatronActor:
+    actor = MegatronActor(config, HfModelConfig.from_folder(config.model.path), state)
+    actor.load_initial()
+    return actor
+
+
+def test_temperature_scales_the_logits(folder, state):
+    config = tiny_config(folder)
+    hot = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, temperature=1e6))
+    batch = make_batch((2, 6), 0)
+    ((logprobs, entropy),) = make_actor(hot, state).score([batch])
+    trained = batch.loss_mask != 0
+    assert torch.allclose(logprobs[trained], torch.tensor(-math.log(101)), atol=1e-4)
+    assert torch.allclose(entropy[trained], torch.tensor(math.log(101)), atol=1e-4)
+    assert not logprobs[~trained].any() and not entropy[~trained].any()
+
+
+def test_an_empty_micro_batch_adds_nothing(folder, state):
+    batch = make_batch((2, 6), 0)
+    alone = make_actor(tiny_config(folder), state)
+    accompanied = make_actor(tiny_config(folder), state)
+    result = alone.update([batch], weighted_loss, 0)
+    assert accompanied.update([batch, empty_micro_batch()], weighted_loss, 0) == result
+    for (name, value), (_, other) in zip(alone.export(), accompanied.export(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_scoring_leaves_no_trace(folder, state):
+    actor = make_actor(tiny_config(folder), state)
+    batch = make_batch((2, 6), 0)
+    first = actor.update([batch], weighted_loss, 0)
+    other = make_actor(tiny_config(folder), state)
+    other.score([make_batch((3, 9), 1)])
+    assert other.update([batch], weighted_loss, 0) == first
+
+
+def test_padding_on_the_right_is_invisible(folder, state):
+    batch = make_batch((2, 9), 0)
+    padded = dataclasses.replace(
+        batch,
+        **{
+            name: torch.nn.functional.pad(getattr(batch, name), (0, 5))
+            for name in ("input_ids", "labels", "loss_mask", "old_logprobs", "advantages")
+        },
+        position_ids=torch.arange(14).expand(2, 14),
+    )
+    actor = make_actor(tiny_config(folder), state)
+    ((short, _), (long, _)) = actor.score([batch, padded])
+    torch.testing.assert_close(long[:, :9], short, rtol=0, atol=2e-6)
+
+
+def test_export_hands_out_copies(folder, state):
+    actor = make_actor(tiny_config(folder), state)
+    for _, tensor in actor.export():
+        tensor.zero_()
+    original = load_file(folder / "model.safetensors")
+    for name, tensor in actor.export():
+        assert torch.equal(tensor, original[name]), name
+    assert {t.dtype for _, t in actor.export(torch.bfloat16)} == {torch.bfloat16}
+
+
+def test_saved_folder_is_a_model_of_transformers(folder, state, tmp_path, monkeypatch):
+    """Also when it takes several files; the tokenizer's files come along."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for file in folder.iterdir():
+        (source / file.name).write_bytes(file.read_bytes())
+    (source / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(hf_io, "_SHARD_BYTES", 20_000)
+    config = tiny_config(source)
+    actor = make_actor(config, state)
+    batch = make_batch((2, 6), 0)
+    actor.update([batch], weighted_loss, 0)
+    for _ in range(2):  # the second time replaces
+        actor.save_hf(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source"]
+    ((logprobs, _),) = actor.score([batch])
+    ((expected, _),) = reference_logprobs(tmp_path / "out", [batch])
+    torch.testing.assert_close(logprobs.double(), expected, rtol=1e-5, atol=1e-5)
+    again = make_actor(tiny_config(tmp_path / "out"), state)
+    for (name, value), (_, other) in zip(actor.export(), again.export(), strict=True):
+        assert torch.equal(value, other), name
+
+
+def test_a_folder_without_its_tensors_is_refused(folder, state, tmp_path):
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(ConfigError, match=r"has no \*\.safetensors file"):
+        make_actor(tiny_config(tmp_path), state)
+    weights = load_file(folder / "model.safetensors")
+    norm = weights.pop("model.norm.weight")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"1 of 46 tensors are missing.*'model\.norm\.weight'"):
+        make_actor(tiny_config(tmp_path), state)
+    save_file({**weights, "model.norm.weight": norm[:-1].clone()}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"model\.norm\.weight give a parameter of shape \[31\]"):
+        make_actor(tiny_config(tmp_path), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"parallel": ParallelConfig(context=2)}, "parallel.context=2"),
+        ({"parallel": ParallelConfig(expert=2)}, "parallel.expert=2"),
+        ({"parallel": ParallelConfig(data=2)}, "= 2, but 1 trainer ranks"),
+    ],
+    ids=["context", "expert", "world"],
+)
+def test_what_the_platform_cannot_do_is_refused(folder, changes, expected):
+    config = dataclasses.replace(tiny_config(folder), **changes)
+    world_size = 2 if "context" in expected else 1
+    with pytest.raises(ConfigError, match=expected):
+        init_parallel(config, rank=0, world_size=world_size, master_port=1)
+
+
+def test_warm_up_is_linear_and_then_constant():
+    optim = OptimConfig(lr=8.0, warmup_steps=4)
+    assert [learning_rate(optim, i) for i in range(6)] == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
+    assert learning_rate(OptimConfig(lr=8.0, warmup_steps=0), 0) == 8.0
+
+
+def test_the_cpu_backend_leaves_torch_alone():
+    cpu_backend.install()
+    cpu_backend.install()
+    import megatron.core.optimizer.clip_grads as of_megatron
+
+    assert of_megatron.torch is not torch
+    assert of_megatron.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.zeros(1).type() == "torch.FloatTensor"
+    assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
+    with pytest.raises((AssertionError, RuntimeError)):
+        torch.zeros(1, device="cuda")
+
+
+def test_logprobs_of_bfloat16_logits_are_float32():
+    logits = torch.randn(4, 6).bfloat16()
+    labels = torch.arange(4)
+    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=6, chunk_tokens=3)
+    table = logits.double().log_softmax(-1)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), table[labels, labels], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        entropy.double(), -(table.exp() * table).sum(-1), rtol=1e-6, atol=1e-6
+    )

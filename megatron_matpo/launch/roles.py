@@ -37,8 +37,8 @@ _ENTRIES: dict[Command, str] = {
 class RunSecrets:
     """Made anew for every start of a run; never written, never logged."""
 
-    run_token: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
-    engine_key: str = field(default_factory=lambda: secrets.token_urlsafe(32), repr=False)
+    run_token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    engine_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
 
 
 @dataclass(frozen=True)

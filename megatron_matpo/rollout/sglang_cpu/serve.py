@@ -102,7 +102,8 @@ def main(argv: list[str]) -> None:
         engine.logger.addFilter(_WithoutSecret(key))
         # One key for requests and for control: with an admin key SGLang refuses the other one on
         # control endpoints, and whoever may change the weights may as well generate.
-        argv = [*argv, "--api-key", key]
+        # One word with "=": a key may begin with a dash.
+        argv = [*argv, f"--api-key={key}"]
     if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         import attention
 

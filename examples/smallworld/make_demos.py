@@ -1,6 +1,6 @@
 """Writes the demonstrations of the warm start: right and wrong behaviour, mixed on purpose.
 
-    python examples/smallworld/make_demos.py --out demos.jsonl [--num 24000] [--seed 1]
+    python examples/smallworld/make_demos.py --out demos.jsonl [--num 40000] [--seed 1]
 
 One line is `{"id", "role", "messages"}` with role `planner` or `worker` (an agent that has the web
 tools itself is a planner without workers); the loss is meant for the assistant messages alone.
@@ -287,7 +287,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--num", type=int, default=24000)
+    parser.add_argument("--num", type=int, default=40000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     write_demos(args.out, args.num, args.seed)

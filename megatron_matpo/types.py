@@ -150,9 +150,7 @@ class Trajectory:
     def logprobs(self) -> list[float]:
         """[T] the engine's log-prob of each sampled token, 0.0 elsewhere."""
         return [
-            value
-            for turn in self.turns
-            for value in (turn.logprobs if turn.kind is TurnKind.MODEL else (0.0,) * len(turn.token_ids))
+            value for turn in self.turns for value in turn.logprobs or (0.0,) * len(turn.token_ids)
         ]
 
     @property
@@ -227,7 +225,7 @@ class RolloutBatch:
     step: int
     policy_version: PolicyVersion
     groups: tuple[Group, ...]
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict[str, float])
     """Rollout-side metrics of the step, already reduced (names in docs/metrics.md)."""
 
 

@@ -93,7 +93,9 @@ def encode(batch: RolloutBatch) -> bytes:
     if sys.byteorder == "big":
         tokens.byteswap()
         logprobs.byteswap()
-    return b"".join((MAGIC, _LENGTH.pack(len(header)), header, tokens.tobytes(), logprobs.tobytes()))
+    return b"".join(
+        (MAGIC, _LENGTH.pack(len(header)), header, tokens.tobytes(), logprobs.tobytes())
+    )
 
 
 def decode(data: bytes, source: str = "rollout batch") -> RolloutBatch:

@@ -51,7 +51,9 @@ def episode_advantages(
     """
     result: dict[str, float] = {}
     for group in groups:
-        scored = [(item.id, item.reward.total) for item in group.episodes if item.reward is not None]
+        scored = [
+            (item.id, item.reward.total) for item in group.episodes if item.reward is not None
+        ]
         values = group_advantages([total for _, total in scored], normalize_std=normalize_std)
         result.update({key: scale * value for (key, _), value in zip(scored, values, strict=True)})
     return result

@@ -11,7 +11,7 @@ class AgentConfig:
 
     role: str = "worker"
     """`planner | worker`."""
-    tools: list[str] = field(default_factory=list)
+    tools: list[str] = field(default_factory=list[str])
     """Allow-list: names of MCP servers (`tools.servers`) and, for planners, of worker agents."""
     system_prompt: str = ""
     """Template of the system message; `{tools}` becomes the rendered tool list. Empty: planners
@@ -38,10 +38,10 @@ class McpServerConfig:
 
     command: str = ""
     """Program for stdio; `python` means the trainer environment's own."""
-    args: list[str] = field(default_factory=list)
-    env: dict[str, str] = field(default_factory=dict)
+    args: list[str] = field(default_factory=list[str])
+    env: dict[str, str] = field(default_factory=dict[str, str])
     """Plain values only; secrets are named in `env_from`."""
-    env_from: list[str] = field(default_factory=list)
+    env_from: list[str] = field(default_factory=list[str])
     """Environment variables handed through, e.g. SERPER_API_KEY; never written anywhere."""
     num_processes: int = 1
     max_concurrency: int = 32
@@ -54,6 +54,6 @@ class McpServerConfig:
 class ToolsConfig:
     """Tool servers and what is done with their replies."""
 
-    servers: dict[str, McpServerConfig] = field(default_factory=dict)
+    servers: dict[str, McpServerConfig] = field(default_factory=dict[str, McpServerConfig])
     result_max_chars: int = 20000
     """Longer replies are cut, with a visible mark."""

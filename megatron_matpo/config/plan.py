@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_matpo.config.root import Config
 
@@ -57,10 +58,11 @@ class Plan:
     @classmethod
     def from_json(cls, text: str) -> Plan:
         """Read what `to_json` wrote."""
-        raw = json.loads(text)
-        engines = tuple(
-            EnginePlace(**{**engine, "gpus": tuple(engine["gpus"])}) for engine in raw.pop("engines")
-        )
+        raw: dict[str, Any] = json.loads(text)
+        places: list[dict[str, Any]] = raw.pop("engines")
+        for place in places:
+            place["gpus"] = tuple(place["gpus"])
+        engines = tuple(EnginePlace(**place) for place in places)
         raw["trainer_ranks_per_node"] = tuple(raw["trainer_ranks_per_node"])
         return cls(engines=engines, **raw)
 

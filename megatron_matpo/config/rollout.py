@@ -45,7 +45,7 @@ class RolloutConfig:
     mem_fraction: float = 0.8
     max_running_requests: int = 64
     max_concurrent_episodes: int = 1024
-    engine_args: list[str] = field(default_factory=list)
+    engine_args: list[str] = field(default_factory=list[str])
     """Further arguments for SGLang's server, as it spells them."""
     request_timeout_s: float = 600.0
     """Deadline of one generation."""

@@ -30,7 +30,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    agents: dict[str, AgentConfig] = field(default_factory=dict)
+    agents: dict[str, AgentConfig] = field(default_factory=dict[str, AgentConfig])
     """Agents by name; `rollout.planner` names the one that answers the question."""
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_matpo.types import RolloutBatch, Trajectory, TrainSample
+from megatron_matpo.types import RolloutBatch, TrainSample, Trajectory
 
 
 def to_sample(trajectory: Trajectory, episode_id: str, advantage: float) -> TrainSample:

@@ -14,6 +14,7 @@ by the tests):
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from megatron_matpo.types import TrainSample
 
@@ -34,7 +35,7 @@ def split_updates(samples: Sequence[TrainSample], num_updates: int) -> list[list
     bounds = [len(trees) * i // num_updates for i in range(num_updates + 1)] if trees else [0]
     return [
         [sample for tree in trees[first:last] for sample in tree]
-        for first, last in zip(bounds, bounds[1:], strict=False)
+        for first, last in pairwise(bounds)
     ]
 
 

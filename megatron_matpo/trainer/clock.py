@@ -25,7 +25,8 @@ class Clock:
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
         """Time a whole step; forgets the step before."""
-        self._step, self._spent = step, dict.fromkeys((*PHASES, "step"), 0.0)
+        self._step = step
+        self._spent = dict.fromkeys((*PHASES, "step"), 0.0)
         started = time.perf_counter()
         yield
         self._spent["step"] = time.perf_counter() - started

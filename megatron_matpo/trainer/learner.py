@@ -58,7 +58,9 @@ class PolicyLearner:
             RolloutError: there is nothing to train on.
         """
         if not samples:
-            raise RolloutError("the step has no trainable episode (rollout/failed says how many failed)")
+            raise RolloutError(
+                "the step has no trainable episode (rollout/failed says how many failed)"
+            )
         updates = split_updates(samples, self._config.algo.updates_per_step)
         batches = [self._micro_batches(update) for update in updates]
         if len(updates) > 1 and self._config.algo.old_logprobs == "trainer":
@@ -150,5 +152,3 @@ def _combine(results: Sequence[UpdateResult]) -> dict[str, float]:
         combined["optim/grad_norm"] = sum(norms) / len(norms)
         combined["optim/lr"] = results[-1].lr
     return combined
-
-

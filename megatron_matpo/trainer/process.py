@@ -29,7 +29,7 @@ def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
     rank = int(os.environ["RANK"])
     clock = Clock(PhaseWriter(run_dir, ROLE, rank))
     try:
-        work(load_resolved(run_dir / "config.yaml"), run_dir, clock)
+        work(load_resolved(str(run_dir / "config.yaml")), run_dir, clock)
     except BaseException as error:
         text = traceback.format_exc()
         record_failure(run_dir, ROLE, rank, clock.current, error, text)

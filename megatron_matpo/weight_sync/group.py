@@ -24,16 +24,20 @@ def form_group(
     timeout = timedelta(seconds=timeout_s)
     # Not torch's tcp:// rendezvous: under torchrun that makes rank 0 a client of a store which
     # torchrun's agent would have to serve.
-    store = dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout)
+    # torch.distributed does not re-export the class by name, though it is public.
+    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, world_size, is_master=True, timeout=timeout
+    )
     group, _ = c10d._new_process_group_helper(
         world_size,
         0,
         [],
         c10d.Backend(backend),
         c10d.PrefixStore(name, store),
-        group_name=name,
+        group_name=c10d.GroupName(name),
         timeout=timeout,
     )
     # Collectives address ranks of the group itself: there is no enclosing world to translate from.
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
+    assert isinstance(group, dist.ProcessGroup), "rank 0 is a member"
     return group

@@ -53,9 +53,7 @@ def test_tree_property(seed):
     scored = {e.id for g in batch.groups for e in g.episodes if e.reward is not None}
     assert advantages.keys() == scored
     samples = to_samples(batch, advantages)
-    trajectories = {
-        t.id: (e, t) for g in batch.groups for e in g.episodes for t in e.trajectories
-    }
+    trajectories = {t.id: (e, t) for g in batch.groups for e in g.episodes for t in e.trajectories}
     expected_ids = {i for i, (e, _) in trajectories.items() if e.id in scored}
     assert {s.trajectory_id for s in samples} == expected_ids
     assert len(samples) == len(expected_ids)
@@ -77,7 +75,9 @@ def test_number_of_workers_does_not_move_the_baseline():
     crowded = make_batch(3, max_workers=5)
     rewards = [[e.reward for e in g.episodes] for g in batch.groups]
     same = [
-        replace(g, episodes=tuple(replace(e, reward=r) for e, r in zip(g.episodes, row, strict=False)))
+        replace(
+            g, episodes=tuple(replace(e, reward=r) for e, r in zip(g.episodes, row, strict=False))
+        )
         for g, row in zip(crowded.groups, rewards, strict=True)
         if len(row) == len(g.episodes)
     ]
@@ -95,7 +95,5 @@ def test_scale_zero_teaches_nothing():
 
 def test_uninformative_groups_are_counted():
     groups = make_batch(5).groups
-    expected = sum(
-        len({e.reward.total for e in g.episodes if e.reward}) < 2 for g in groups
-    )
+    expected = sum(len({e.reward.total for e in g.episodes if e.reward}) < 2 for g in groups)
     assert num_uninformative_groups(groups) == expected

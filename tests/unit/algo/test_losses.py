@@ -66,9 +66,7 @@ def test_micro_batches_add_up(split):
     new, old, advantages, mask = tensors(2)
     whole, _ = policy_loss(new, old, advantages, mask, denominator=11.0, options=OPTIONS)
     parts = [
-        policy_loss(
-            new[s], old[s], advantages[s], mask[s], denominator=11.0, options=OPTIONS
-        )[0]
+        policy_loss(new[s], old[s], advantages[s], mask[s], denominator=11.0, options=OPTIONS)[0]
         for s in (slice(0, split), slice(split, None))
     ]
     assert float(sum(parts)) == pytest.approx(float(whole), rel=1e-6)

@@ -51,12 +51,12 @@ def test_loss_is_on_assistant_turns_only(tmp_path, tokenizer):
         ("not json", "not valid JSON"),
         ('{"id": 1}', '"messages"'),
         ('{"messages": [{"role": "user", "content": 3}]}', r"messages\[0\]"),
-        ('{"messages": [{"role": "user", "content": "a"}]}', "assistant turn last"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "an assistant turn last"),
         ('{"role": "boss", "messages": []}', "planner or worker"),
         (
-            '{"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"},'
-            ' {"role": "assistant", "content": "c"}]}',
-            r"messages\[1\] has role 'tool'",
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},'
+            ' {"role": "tool", "content": "c"}, {"role": "assistant", "content": "d"}]}',
+            r"messages\[2\] has role 'tool'",
         ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},'
@@ -76,13 +76,15 @@ def test_errors_name_file_line_and_field(tmp_path, tokenizer, line, what):
 
 def test_too_long_names_the_setting(tmp_path, tokenizer):
     file = write(tmp_path / "a.jsonl", {"messages": CONVERSATION})
-    with pytest.raises(DataError, match="rollout.context_length=5"):
+    with pytest.raises(DataError, match=r"rollout\.context_length=5"):
         read_conversations(file, tokenizer, 5)
 
 
 @pytest.mark.parametrize(("num_rows", "batch"), [(10, 4), (7, 7), (5, 12)])
 def test_every_epoch_visits_each_row_once(num_rows, batch):
-    drawn = [row for step in range(1, num_rows + 1) for row in batch_indices(num_rows, batch, 3, step)]
+    drawn = [
+        row for step in range(1, num_rows + 1) for row in batch_indices(num_rows, batch, 3, step)
+    ]
     assert len(drawn) == num_rows * batch
     for epoch in range(batch):
         assert Counter(drawn[epoch * num_rows : (epoch + 1) * num_rows]) == Counter(range(num_rows))

@@ -22,7 +22,9 @@ def make_samples(seed, num_episodes=12, longest=300):
             mask = [rng.randint(0, 1) for _ in range(length)]
             role = Role.WORKER if t else Role.PLANNER
             samples.append(
-                TrainSample(f"{e}.{t}", f"{e}", role, [1] * length, [2] * length, mask, [0.0] * length, 0.5)
+                TrainSample(
+                    f"{e}.{t}", f"{e}", role, [1] * length, [2] * length, mask, [0.0] * length, 0.5
+                )
             )
     return samples
 

@@ -17,7 +17,11 @@ from megatron_matpo.errors import EngineRejected, WeightSyncError
 from megatron_matpo.launch.ports import free_ports
 from megatron_matpo.weight_sync.broadcast import BroadcastSync, PushOnce
 
-WEIGHTS = [("a", torch.arange(6.0).view(2, 3)), ("b", torch.ones(5).bfloat16()), ("c", torch.rand(9))]
+WEIGHTS = [
+    ("a", torch.arange(6.0).view(2, 3)),
+    ("b", torch.ones(5).bfloat16()),
+    ("c", torch.rand(9)),
+]
 
 
 def _engine(pipe):
@@ -31,8 +35,13 @@ def _engine(pipe):
         c10d.rendezvous(f"tcp://127.0.0.1:{join['port']}", join["rank"], join["size"])
     )
     group, _ = c10d._new_process_group_helper(
-        size, rank, [], c10d.Backend("gloo"), c10d.PrefixStore(join["name"], store),
-        group_name=join["name"], timeout=timedelta(seconds=60),
+        size,
+        rank,
+        [],
+        c10d.Backend("gloo"),
+        c10d.PrefixStore(join["name"], store),
+        group_name=join["name"],
+        timeout=timedelta(seconds=60),
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     pipe.send("joined")
@@ -45,7 +54,9 @@ def _engine(pipe):
         data = torch.empty(total, dtype=torch.uint8)
         dist.broadcast(data, src=0, group=group)
         at = 0
-        for name, dtype, shape in zip(*(request[k] for k in ("names", "dtypes", "shapes")), strict=True):
+        for name, dtype, shape in zip(
+            *(request[k] for k in ("names", "dtypes", "shapes")), strict=True
+        ):
             kind = getattr(torch, dtype)
             end = at + torch.Size(shape).numel() * kind.itemsize
             received[name] = data[at:end].view(kind).reshape(shape).float().tolist()
@@ -155,13 +166,13 @@ def test_failures_are_named_inside_the_deadline(mode, message):
 
 
 def test_push_once_lets_only_the_first_through():
-    class Counter:
-        pushed: list[int] = []
+    pushed = []
 
+    class Counter:
         def push(self, version):
-            self.pushed.append(version)
+            pushed.append(version)
             return version
 
     sync = PushOnce(Counter())
     assert [sync.push(v) for v in (3, 4, 5)] == [3, 3, 3]
-    assert Counter.pushed == [3]
+    assert pushed == [3]

@@ -1,0 +1,73 @@
+"""Resume parity: a run that was killed continues bit for bit like one that was not.
+
+The rollouts are recorded once with real servers, then replayed, so that sampling cannot differ.
+"""
+
+import os
+import signal
+import time
+
+import pytest
+
+from tests.helpers.matpo import (
+    QUICKSTART,
+    read_metrics,
+    run_matpo,
+    start_matpo,
+    wait_for_step,
+    wait_until_gone,
+)
+from tests.smoke.conftest import BATCH, STEPS
+
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(900)]
+
+
+def losses(run_dir):
+    """All metrics of the optimizer and the policy, as written (full precision)."""
+    kept = ("loss/", "optim/", "policy/", "mismatch/", "tokens/")
+    return {
+        line["step"]: {name: value for name, value in line.items() if name.startswith(kept)}
+        for line in read_metrics(run_dir)
+    }
+
+
+def replay(live_run, folder, name):
+    return [
+        *("train", QUICKSTART, f"run.dir={folder}", f"run.name={name}", *BATCH),
+        *(f"rollout.replay={live_run / 'rollouts'}", "checkpoint.every=2"),
+    ]
+
+
+def test_replay_gives_the_live_run_again(live_run, tmp_path):
+    done = run_matpo(*replay(live_run, tmp_path, "again"))
+    assert done.returncode == 0, done.stdout
+    assert losses(tmp_path / "again") == losses(live_run)
+
+
+@pytest.mark.parametrize("after_step", [1, 3])
+def test_sigkill_and_the_same_command_again(live_run, tmp_path, after_step):
+    command = replay(live_run, tmp_path, "killed")
+    run_dir = tmp_path / "killed"
+    process = start_matpo(*command, log=tmp_path / "out.log")
+    wait_for_step(run_dir, after_step, timeout_s=120)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(timeout=10)
+    assert wait_until_gone(run_dir) == []
+    done = run_matpo(*command)
+    assert done.returncode == 0, done.stdout
+    assert "resuming" in done.stdout
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+    assert losses(run_dir) == losses(live_run)
+
+
+def test_ctrl_c_stops_everything_and_says_how_to_resume(live_run, tmp_path):
+    command = replay(live_run, tmp_path, "stopped")
+    log = tmp_path / "out.log"
+    process = start_matpo(*command, log=log)
+    wait_for_step(tmp_path / "stopped", 1, timeout_s=120)
+    started = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) in (0, 130)
+    assert time.monotonic() - started < 30
+    assert wait_until_gone(tmp_path / "stopped") == []
+    assert process.returncode == 0 or "resume" in log.read_text()

@@ -1,0 +1,51 @@
+"""The quickstart's recipe in other forms, by override alone."""
+
+import pytest
+
+from megatron_matpo.types import Role
+from megatron_matpo.wire import decode
+from tests.helpers.matpo import QUICKSTART, read_metrics, run_matpo
+
+pytestmark = [pytest.mark.smoke, pytest.mark.timeout(600)]
+SINGLE_AGENT = (
+    "rollout.planner=single_agent",
+    "data.train=examples/smallworld/data/single_agent_train.parquet",
+    "data.eval=examples/smallworld/data/single_agent_eval.parquet",
+)
+
+
+def train(tmp_path, *overrides):
+    small = ("run.steps=2", "data.prompts_per_step=2", "data.samples_per_prompt=4")
+    done = run_matpo(
+        "train", QUICKSTART, f"run.dir={tmp_path}", "run.name=variant", *small, *overrides
+    )
+    assert done.returncode == 0, done.stdout
+    lines = read_metrics(tmp_path / "variant")
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
+        assert line["mismatch/abs_logprob"] < 1e-4
+    data = (tmp_path / "variant" / "rollouts" / "step_000002.rollout").read_bytes()
+    return lines, decode(data)
+
+
+def test_pipeline_parallel(tmp_path):
+    lines, _ = train(tmp_path, "parallel.pipeline=2")
+    assert lines[-1]["policy_version"] == 2
+    assert (tmp_path / "variant" / "logs" / "trainer-3.log").exists()
+
+
+def test_two_servers_and_two_updates_with_evaluation(tmp_path):
+    overrides = ["rollout.num_servers=2", "algo.updates_per_step=2", "data.eval_every=2"]
+    lines, _ = train(tmp_path, *overrides, "data.eval_prompts=4")
+    assert (tmp_path / "variant" / "logs" / "engine-1.log").exists()
+    assert [line["optim/updates"] for line in lines] == [2, 2]
+    assert "eval/reward/accuracy" in lines[1]
+    assert "eval/reward/accuracy" not in lines[0]
+
+
+def test_single_agent(tmp_path):
+    _, batch = train(tmp_path, *SINGLE_AGENT)
+    trajectories = [t for g in batch.groups for e in g.episodes for t in e.trajectories]
+    assert {t.role for t in trajectories} == {Role.PLANNER}
+    assert {t.agent for t in trajectories} == {"single_agent"}
+    assert any(call.server == "search_and_scrape_webpage" for t in trajectories for call in t.calls)

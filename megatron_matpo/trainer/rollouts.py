@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
@@ -99,7 +100,7 @@ class ManagerRollouts:
             raise DeadlineError(
                 f"step {step}: no episodes after {limit:g} s (rollout.step_timeout_s)"
             ) from error
-        except (urllib.error.URLError, ConnectionError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
             raise RolloutError(
                 f"step {step}: the rollout manager at {self._url} broke off ({error}); "
                 "its reason is in logs/manager.log"

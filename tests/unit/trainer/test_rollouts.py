@@ -1,0 +1,109 @@
+"""Where batches come from: what each failure of the manager becomes, and replay."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from megatron_matpo.config.rollout import RolloutConfig
+from megatron_matpo.errors import DataError, DeadlineError, RolloutError
+from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, recording_path
+from megatron_matpo.wire import encode
+from tests.helpers.episodes import make_batch
+
+BATCH = make_batch(1)
+
+
+class FakeManager(BaseHTTPRequestHandler):
+    """Speaks the manager's HTTP interface; the requested step says how it behaves."""
+
+    def do_GET(self):
+        self._send(200, json.dumps({"ready": self.server.ready, "detail": "warming up"}).encode())
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append((self.headers["Authorization"], body))
+        if body["step"] == 1:
+            self._send(200, encode(BATCH))
+        elif body["step"] == 2:
+            self._send(500, json.dumps({"error": "5 of 8 episodes failed", "type": "x"}).encode())
+        elif body["step"] == 3:
+            time.sleep(3)
+        elif body["step"] == 4:
+            self._send(502, b"<html>bad gateway</html>")
+        else:
+            self.connection.close()
+
+    def _send(self, code, data):
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server():
+    with HTTPServer(("127.0.0.1", 0), FakeManager) as server:
+        server.ready, server.requests = True, []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def rollouts(server, step_timeout_s=20.0, start_timeout_s=1.0):
+    return ManagerRollouts(
+        RolloutConfig(step_timeout_s=step_timeout_s),
+        f"http://127.0.0.1:{server.server_port}",
+        "secret-token",
+        lambda data: data,
+        is_first_rank=True,
+        start_timeout_s=start_timeout_s,
+    )
+
+
+def test_a_batch_arrives_whole(server):
+    source = rollouts(server)
+    source.connect()
+    assert source.collect(1, 7) == BATCH
+    (authorization, body) = server.requests[0]
+    assert authorization == "Bearer secret-token"
+    assert body == {"step": 1, "policy_version": 7, "split": "train"}
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (2, "step 2: 5 of 8 episodes failed"),
+        (4, "HTTP 502"),
+        (5, r"broke off .* logs/manager\.log"),
+    ],
+)
+def test_failures_are_rollout_errors_that_say_why(server, step, message):
+    with pytest.raises(RolloutError, match=message) as caught:
+        rollouts(server).collect(step, 0)
+    assert "secret-token" not in str(caught.value)
+
+
+def test_the_deadline_names_its_setting(server):
+    with pytest.raises(DeadlineError, match=r"after 0\.5 s \(rollout\.step_timeout_s\)"):
+        rollouts(server, step_timeout_s=0.5).collect(3, 0)
+
+
+def test_a_manager_that_never_gets_ready(server):
+    server.ready = False
+    with pytest.raises(DeadlineError, match=r"run\.start_timeout_s\): warming up"):
+        rollouts(server).connect()
+
+
+def test_replay_reads_recordings_and_names_what_is_missing(tmp_path):
+    recording_path(tmp_path, 7).write_bytes(encode(BATCH))
+    source = ReplayRollouts(str(tmp_path))
+    source.connect()
+    assert source.collect(7, 99) == BATCH
+    with pytest.raises(DataError, match=r"rollout\.replay=.*step_000008\.rollout"):
+        source.collect(8, 99)

@@ -47,7 +47,8 @@ RUN /opt/trainer/bin/pip install --no-cache-dir --no-build-isolation --no-deps -
     && printf '#!/bin/sh\nexec %s "$@"\n' "$(command -v python3)" > .venv-rollout/bin/python \
     && chmod +x .venv-rollout/bin/python \
     && useradd --create-home --uid 10001 matpo \
-    && mkdir -p /runs && chown matpo /runs
+    && mkdir -p /runs && chown matpo /runs \
+    && ln -s /runs runs
 ENV PATH=/opt/trainer/bin:${PATH}
 USER matpo
 ENTRYPOINT ["matpo"]

@@ -40,10 +40,6 @@ class ToolError(MatpoError, RuntimeError):
     """A tool server could not be started, reached, or broke its protocol (infrastructure)."""
 
 
-class JudgeError(MatpoError, RuntimeError):
-    """The judge is unreachable or answers outside its verdict grammar (infrastructure)."""
-
-
 class RolloutError(MatpoError, RuntimeError):
     """A whole step's rollout cannot be completed; the message counts the reasons."""
 
@@ -62,7 +58,3 @@ class NonFiniteError(MatpoError, ArithmeticError):
 
 class DeadlineError(MatpoError, TimeoutError):
     """A wait ran past its deadline; the message names the setting that holds the deadline."""
-
-
-class RoleFailedError(MatpoError, RuntimeError):
-    """A role (trainer rank, engine, manager) stopped on its own; carries role, rank and phase."""

@@ -52,14 +52,14 @@ class Status(StrEnum):
     """Infrastructure: a tool server failed; the episode is not trained."""
     ENGINE_FAILURE = "engine_failure"
     """Infrastructure: the engine failed or aborted; the episode is not trained."""
-    JUDGE_FAILURE = "judge_failure"
-    """Infrastructure: no verdict could be had; the episode is not trained."""
+    INTERNAL_ERROR = "internal_error"
+    """A bug of ours or a row that cannot be rendered; the episode is not trained."""
     DEADLINE = "deadline"
     """The episode ran past its wall-clock limit; the episode is not trained."""
 
 
 INFRASTRUCTURE_FAILURES = frozenset(
-    {Status.TOOL_FAILURE, Status.ENGINE_FAILURE, Status.JUDGE_FAILURE, Status.DEADLINE}
+    {Status.TOOL_FAILURE, Status.ENGINE_FAILURE, Status.INTERNAL_ERROR, Status.DEADLINE}
 )
 
 

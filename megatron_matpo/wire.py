@@ -12,6 +12,7 @@ import struct
 import sys
 from array import array
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from megatron_matpo.errors import DataError
@@ -33,6 +34,10 @@ MAGIC = b"MATPOR01"
 _LENGTH = struct.Struct("<Q")
 
 
+def _plain(item: Trajectory | Episode | Group, *left_out: str) -> dict[str, Any]:
+    return {name: getattr(item, name) for name in type(item).__slots__ if name not in left_out}
+
+
 def encode(batch: RolloutBatch) -> bytes:
     """Serialise `batch`."""
     tokens, logprobs = array("i"), array("f")
@@ -51,31 +56,18 @@ def encode(batch: RolloutBatch) -> bytes:
                     "finish_reason": turn.finish_reason,
                 }
             )
-        plain = {
-            name: getattr(item, name)
-            for name in Trajectory.__slots__
-            if name not in ("turns", "calls")
-        }
-        return {**plain, "turns": turns, "calls": [asdict(call) for call in item.calls]}
+        calls = [asdict(call) for call in item.calls]
+        return _plain(item, "turns", "calls") | {"turns": turns, "calls": calls}
 
     def episode(item: Episode) -> dict[str, Any]:
-        plain = {
-            name: getattr(item, name)
-            for name in Episode.__slots__
-            if name not in ("planner", "workers", "reward")
-        }
-        return {
-            **plain,
+        return _plain(item, "planner", "workers", "reward") | {
             "planner": trajectory(item.planner),
             "workers": [trajectory(worker) for worker in item.workers],
             "reward": None if item.reward is None else asdict(item.reward),
         }
 
     groups = [
-        {
-            **{name: getattr(group, name) for name in Group.__slots__ if name != "episodes"},
-            "episodes": [episode(item) for item in group.episodes],
-        }
+        _plain(group, "episodes") | {"episodes": [episode(item) for item in group.episodes]}
         for group in batch.groups
     ]
     header = json.dumps(
@@ -156,3 +148,8 @@ def decode(data: bytes, source: str = "rollout batch") -> RolloutBatch:
         for raw in header["groups"]
     )
     return RolloutBatch(header["step"], header["policy_version"], groups, header["metrics"])
+
+
+def recording_path(folder: Path, step: int) -> Path:
+    """File that holds the recorded batch of `step`."""
+    return folder / f"step_{step:06d}.rollout"

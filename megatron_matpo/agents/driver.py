@@ -31,6 +31,7 @@ from megatron_matpo.agents.grammar import (
     CallOutcome,
     ParsedCall,
     parse_calls,
+    refuse_surplus,
     strip_calls,
     visible_text,
 )
@@ -159,7 +160,9 @@ class _Episode:
             text, is_cut = await self._sample(conversation, max_tokens)
             if is_cut:
                 return Status.OVERFLOW
-            calls = parse_calls(text, agent.tools, self._chat.opens_thinking)
+            calls = refuse_surplus(
+                parse_calls(text, agent.tools, self._chat.opens_thinking), config.max_calls_per_turn
+            )
             records = _records(conversation, calls)
             conversation.calls.extend(records)
             if not calls:

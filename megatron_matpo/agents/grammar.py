@@ -27,7 +27,7 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NoReturn
 
@@ -59,6 +59,8 @@ class CallOutcome(StrEnum):
     MISSING_ARGUMENT = "missing_argument"
     UNKNOWN_ARGUMENT = "unknown_argument"
     MISTYPED_ARGUMENT = "mistyped_argument"
+    TOO_MANY = "too_many"
+    """More calls in one message than the agent may make."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,13 @@ def format_score(outcomes: Iterable[str]) -> float:
     return sum(value == CallOutcome.OK for value in values) / len(values) if values else 1.0
 
 
+def refuse_surplus(calls: list[ParsedCall], most: int) -> list[ParsedCall]:
+    """`calls` with every call after the first `most` refused."""
+    detail = f"at most {most} calls may stand in one message"
+    surplus = [replace(call, outcome=CallOutcome.TOO_MANY, detail=detail) for call in calls[most:]]
+    return calls[:most] + surplus
+
+
 # Call tags inside one JSON string that the parser looks past.
 _MAX_TAGS_TRIED = 8
 _TAGS = re.compile(r"</?use_mcp_tool>|</?think>|<tool_call>")
@@ -95,6 +104,23 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+def _check_can_be_sent(value: Any) -> None:
+    """Raise ValueError for JSON that a tool server cannot be sent: it would look like its fault."""
+    # A lone surrogate has no UTF-8 form; 1e999 reads as infinity.
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    text.encode()
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(_STRINGS.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    if deepest > _MAX_DEPTH:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
+
+
+_BRACKETS = re.compile(r"[\[\]{}]")
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
+# The MCP SDK refuses to serialise a little more than twice this depth.
+_MAX_DEPTH = 100
 _JSON = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
@@ -224,7 +250,7 @@ class _Scanner:
             part = self._text[start : position + len(CLOSE)]
             try:
                 value, end = _JSON.raw_decode(part)
-                json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be sent
+                _check_can_be_sent(value)
             except (ValueError, RecursionError) as error:
                 reason = f"the arguments are not valid JSON: {getattr(error, 'msg', error)}"
                 if "Unterminated string" in reason:
@@ -271,7 +297,8 @@ def check_arguments(
     properties = schema.get("properties")
     properties = properties if isinstance(properties, Mapping) else {}
     required = schema.get("required")
-    missing = [name for name in required or () if name not in arguments]
+    names = required if isinstance(required, list) else []
+    missing = [str(name) for name in names if name not in arguments]
     if missing:
         return CallOutcome.MISSING_ARGUMENT, f"required arguments are missing: {', '.join(missing)}"
     unknown = [name for name in arguments if name not in properties]

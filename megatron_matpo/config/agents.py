@@ -26,8 +26,11 @@ class AgentConfig:
     max_tokens_per_turn: int = 4096
     max_invalid_calls: int = 1
     """Malformed calls that get an error reply and another chance; the next one ends the episode."""
+    max_calls_per_turn: int = 8
+    """Calls of one message that are executed; further ones are malformed calls."""
     final_summary: str = "never"
-    """`always | on_overflow | never`: one more turn in which no tool may be used."""
+    """`always | on_overflow | never`: one more turn in which no tool may be used; `on_overflow`
+    means whenever context or turns ran out."""
     summary_reserve_tokens: int = 4096
     """Context kept free for the final summary."""
 

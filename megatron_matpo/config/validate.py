@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from megatron_matpo.config.agents import AgentConfig, McpServerConfig
+from megatron_matpo.config.plan import num_ports
 from megatron_matpo.config.root import Config
+from megatron_matpo.config.validate_agents import check_agent, check_planner, check_server
 from megatron_matpo.errors import ConfigError
 
 Command = Literal["train", "sft"]
@@ -26,8 +27,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.old_logprobs": ("trainer", "engine"),
     "obs.wandb_mode": ("auto", "online", "offline", "disabled"),
 }
-_ROLES = ("planner", "worker")
-_SUMMARIES = ("always", "on_overflow", "never")
 
 # Dotted path -> smallest allowed value.
 _AT_LEAST: dict[str, float] = {
@@ -89,11 +88,12 @@ _BETWEEN: dict[str, tuple[float | None, float]] = {
     "rollout.top_p": (None, 1.0),
     "rollout.mem_fraction": (None, 1.0),
     "rollout.max_failed_frac": (0.0, 1.0),
-    "optim.beta1": (0.0, 1.0),
-    "optim.beta2": (0.0, 1.0),
+    # torch's AdamW refuses exactly 1.
+    "optim.beta1": (0.0, 0.999999),
+    "optim.beta2": (0.0, 0.999999),
     "cluster.base_port": (0, 65535),
 }
-_SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+_LAST_PORT = 65535
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -106,9 +106,9 @@ def check_values(config: Config) -> list[str]:
         *_check_parallel(config),
     ]
     for name, agent in config.agents.items():
-        problems += _check_agent(name, agent)
+        problems += check_agent(name, agent)
     for name, server in config.tools.servers.items():
-        problems += _check_server(name, server)
+        problems += check_server(name, server)
     return problems
 
 
@@ -129,7 +129,7 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
     if command == "train":
         problems += _check_train(config)
         if not config.rollout.replay:
-            problems += [*_check_planner(config), *_check_rollout(config)]
+            problems += [*check_planner(config), *_check_rollout(config)]
             problems += _check_programs(config)
     return problems
 
@@ -191,6 +191,22 @@ def _check_run(config: Config) -> Iterator[str]:
             f"run.name={config.run.name}: a folder name of letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"
         )
+    if 0 < config.algo.dual_clip <= 1:
+        yield (
+            f"algo.dual_clip={config.algo.dual_clip:g}: 0 (off) or more than 1; with 1 or less, "
+            "tokens with a negative advantage lose their gradient"
+        )
+    if config.train.timeout_s < config.run.start_timeout_s:
+        yield (
+            f"train.timeout_s={config.train.timeout_s:g}: must be at least run.start_timeout_s="
+            f"{config.run.start_timeout_s:g}: ranks wait in a collective while rank 0 waits "
+            "for the engines"
+        )
+    if 0 < config.cluster.base_port > _LAST_PORT + 1 - num_ports(config):
+        yield (
+            f"cluster.base_port={config.cluster.base_port}: the run needs {num_ports(config)} "
+            f"consecutive ports, so at most {_LAST_PORT + 1 - num_ports(config)}"
+        )
     if config.rollout.top_k != -1 and config.rollout.top_k < 1:
         yield f"rollout.top_k={config.rollout.top_k}: -1 (off) or at least 1"
     if config.rollout.max_staleness > 0:
@@ -204,78 +220,11 @@ def _check_run(config: Config) -> Iterator[str]:
 
 def _check_parallel(config: Config) -> Iterator[str]:
     parallel, cluster = config.parallel, config.cluster
-    for name in ("context", "expert"):
-        size = getattr(parallel, name)
-        if size > 1 and cluster.device == "cpu":
-            yield (
-                f"parallel.{name}={size}: must be 1 on CPU (cluster.gpus_per_node=0); it needs "
-                "Transformer Engine on GPUs"
-            )
+    for name, size in (("context", parallel.context), ("expert", parallel.expert)):
+        if size > 1:
+            yield f"parallel.{name}={size}: only 1 is supported"
     if cluster.device == "cpu" and config.precision == "bf16":
         yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
-
-
-def _check_agent(name: str, agent: AgentConfig) -> Iterator[str]:
-    path = f"agents.{name}"
-    if agent.role not in _ROLES:
-        yield f"{path}.role={agent.role}: expected one of {', '.join(_ROLES)}"
-    if agent.final_summary not in _SUMMARIES:
-        yield f"{path}.final_summary={agent.final_summary}: expected one of {', '.join(_SUMMARIES)}"
-    least = {"max_turns": 1, "max_tokens_per_turn": 1, "max_invalid_calls": 0}
-    for field, low in {**least, "summary_reserve_tokens": 0}.items():
-        if getattr(agent, field) < low:
-            yield f"{path}.{field}={getattr(agent, field)}: must be at least {low}"
-    if agent.role == "worker" and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", agent.tool_name):
-        yield f"{path}.tool_name={agent.tool_name}: expected a tool name (letters, digits, '_')"
-
-
-def _check_server(name: str, server: McpServerConfig) -> Iterator[str]:
-    path = f"tools.servers.{name}"
-    if not server.command:
-        yield f"{path}.command=: expected the program that serves MCP over stdio, such as python"
-    for field in ("num_processes", "max_concurrency"):
-        if getattr(server, field) < 1:
-            yield f"{path}.{field}={getattr(server, field)}: must be at least 1"
-    for field in ("start_timeout_s", "call_timeout_s"):
-        if getattr(server, field) <= 0:
-            yield f"{path}.{field}={getattr(server, field)}: must be greater than 0"
-    for variable in server.env:
-        # The value is left out on purpose: it may be the secret itself.
-        if _SECRET_NAME.search(variable):
-            yield (
-                f"{path}.env.{variable}: looks like a secret, and the configuration is written to "
-                f"disk; export {variable} and name it in {path}.env_from"
-            )
-
-
-def _check_planner(config: Config) -> Iterator[str]:
-    """The planner, and that every agent's tools exist."""
-    planners = [name for name, agent in config.agents.items() if agent.role == "planner"]
-    workers = [name for name, agent in config.agents.items() if agent.role == "worker"]
-    chosen = config.agents.get(config.rollout.planner)
-    if chosen is None:
-        known = ", ".join(planners) or "none is defined"
-        yield f"rollout.planner={config.rollout.planner}: no such agent; planner agents: {known}"
-    elif chosen.role != "planner":
-        yield (
-            f"rollout.planner={config.rollout.planner}: its role is {chosen.role}; set "
-            f"agents.{config.rollout.planner}.role=planner or name one of: {', '.join(planners)}"
-        )
-    for name in workers:
-        if name in config.tools.servers:
-            yield f"agents.{name}: a tool server has the same name; rename one of them"
-    for name, agent in config.agents.items():
-        allowed = [*config.tools.servers, *(workers if agent.role == "planner" else [])]
-        for tool in agent.tools:
-            if tool in allowed:
-                continue
-            why = "no such tool server or worker agent"
-            if tool in config.agents:
-                why = "only a planner may call agents, and only workers can be called"
-            yield f"agents.{name}.tools={tool}: {why}; known: {', '.join(allowed) or 'none'}"
-        called = [config.agents[tool].tool_name for tool in agent.tools if tool in workers]
-        if len(set(called)) < len(called):
-            yield f"agents.{name}.tools: its workers share a tool_name; give each its own"
 
 
 def _check_rollout(config: Config) -> Iterator[str]:
@@ -343,10 +292,10 @@ def _check_model(config: Config, command: Command) -> Iterator[str]:
     if missing:
         yield f"model.path={path}: the folder lacks {', '.join(missing)}"
     if "config.json" not in missing:
-        yield from _check_layout(config)
+        yield from _check_layout(config, command)
 
 
-def _check_layout(config: Config) -> Iterator[str]:
+def _check_layout(config: Config, command: Command) -> Iterator[str]:
     from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 
     try:
@@ -355,6 +304,11 @@ def _check_layout(config: Config) -> Iterator[str]:
         yield str(error)
         return
     yield from check_layout(hf, config.parallel)
+    if command == "train" and config.rollout.context_length > hf.max_positions:
+        yield (
+            f"rollout.context_length={config.rollout.context_length}: {config.model.path} has "
+            f"{hf.max_positions} positions (max_position_embeddings)"
+        )
 
 
 def _check_programs(config: Config) -> Iterator[str]:

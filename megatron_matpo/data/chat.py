@@ -124,7 +124,8 @@ class Chat:
             *({"role": "user", "content": content} for content in contents),
         ]
         text = self._tokenizer.render(messages, add_generation_prompt=True)
-        _, found, after = text.rpartition(_SAMPLED)
+        # The first one: the history is ours, and replies may hold any word.
+        _, found, after = text.partition(_SAMPLED)
         if not found or not after:
             raise self._refuse(
                 "the template drops an earlier assistant message, or writes nothing after it"

@@ -46,7 +46,7 @@ def read_conversations(file: str, tokenizer: Tokenizer, max_tokens: int) -> list
     """
     chat = Chat(tokenizer)
     samples: list[TrainSample] = []
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(Path(file)), 1):
         where = f"sft.data={file}: line {number}"
         sample = _to_sample(_parse(line, str(number), where), chat, tokenizer)
         if len(sample.input_ids) > max_tokens:
@@ -58,6 +58,21 @@ def read_conversations(file: str, tokenizer: Tokenizer, max_tokens: int) -> list
     if not samples:
         raise DataError(f"sft.data={file}: no conversation in it")
     return samples
+
+
+def check_conversations(file: str) -> None:
+    """Check the form of every line, without a tokenizer.
+
+    Raises:
+        DataError: names file, line and field.
+    """
+    for number, line in enumerate(_lines(Path(file)), 1):
+        _parse(line, str(number), f"sft.data={file}: line {number}")
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a JSONL file; `splitlines` would also cut at characters that strings may hold."""
+    return path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
 
 
 def _parse(line: str, default_id: str, where: str) -> Conversation:

@@ -96,7 +96,7 @@ class ProgressView:
             state = self._path.stat()
         except OSError:
             return []
-        if self._inode and state.st_ino != self._inode:
+        if self._inode and (state.st_ino != self._inode or state.st_size < self._offset):
             # A resumed trainer has rewritten the file without the steps that it will repeat.
             self._inode, self._offset = state.st_ino, state.st_size
             return []

@@ -11,6 +11,7 @@ The guard passes SIGINT, SIGTERM and SIGHUP on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -41,7 +42,8 @@ def run_guarded(supervise: Callable[[], int], grace_s: float) -> int:
         _be_supervisor(supervise, guard_pid)
 
     def pass_on(signal_number: int, frame: FrameType | None) -> None:
-        os.kill(supervisor_pid, signal_number)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended just now
+            os.kill(supervisor_pid, signal_number)
 
     for number in _PASSED_ON:
         # Under nohup SIGHUP is ignored, and stays so.

@@ -9,6 +9,7 @@ from megatron_matpo.config.load import collect_recipe, format_problems
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, collect_violations
 from megatron_matpo.errors import ConfigError, DataError
+from megatron_matpo.wire import recording_path
 
 
 def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
@@ -37,8 +38,11 @@ def machine_violations(config: Config, command: Command) -> list[str]:
             f"data.eval_every={config.data.eval_every}: evaluation needs data.eval, a parquet file "
             "or folder"
         )
+    if command == "train" and config.rollout.replay:
+        problems += _recording_violations(config)
     if command == "sft":
-        problems += _conversation_violations(config.sft.data)
+        problems += _conversation_violations(config)
+        problems += _export_violations(config.sft.export)
     problems += _template_violations(config.model.path)
     problems += _host_violations(config.cluster.host)
     return problems
@@ -65,11 +69,44 @@ def _dataset_violations(config: Config, key: str, value: str) -> list[str]:
     return []
 
 
-def _conversation_violations(value: str) -> list[str]:
+def _conversation_violations(config: Config) -> list[str]:
+    value = config.sft.data
     if not value:
         return ["sft.data=: expected a JSONL file of conversations"]
     if not Path(value).is_file():
         return [f"sft.data={value}: no such file"]
+    if not (Path(config.model.path) / "tokenizer.json").is_file():
+        return []  # reported with the model's other missing files
+    from megatron_matpo.data.conversations import check_conversations
+
+    try:
+        check_conversations(value)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def _export_violations(value: str) -> list[str]:
+    """An export replaces its folder whole, so it must not be one that holds something else."""
+    if not value:
+        return []
+    folder = Path(value).resolve()
+    is_other = folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()
+    if is_other or folder.is_file():
+        return [f"sft.export={value}: exists and is not a model folder; name a new folder"]
+    return []
+
+
+def _recording_violations(config: Config) -> list[str]:
+    """Every step of the run has its recording."""
+    folder = Path(config.rollout.replay)
+    for step in range(1, config.run.steps + 1):
+        file = recording_path(folder, step)
+        if not file.is_file():
+            return [
+                f"rollout.replay={folder}: has no {file.name}; a run of run.steps="
+                f"{config.run.steps} needs one for every step (obs.record_rollouts writes them)"
+            ]
     return []
 
 

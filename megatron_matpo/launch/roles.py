@@ -7,6 +7,7 @@ Secrets go from here to the roles by environment only: `MATPO_RUN_TOKEN` (manage
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import secrets
@@ -137,7 +138,7 @@ def _get(url: str, token: str, timeout_s: float) -> tuple[int, bytes]:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, b""
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return 0, b""
 
 

@@ -63,10 +63,6 @@ class RunFolder:
     path: Path
     lock_descriptor: int
 
-    def log(self, name: str) -> Path:
-        """Log file of the role instance `name`."""
-        return self.path / "logs" / f"{name}.log"
-
     def write_plan(self, plan: Plan) -> None:
         """Write `plan.json`, which every role reads."""
         (self.path / PLAN_FILE).write_text(plan.to_json())
@@ -90,9 +86,14 @@ def open_run_folder(
         ConfigError: the folder belongs to another command, or its configuration differs.
     """
     path = Path(config.run_dir).resolve()
-    for name in _FOLDERS:
-        (path / name).mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(path)
+    try:
+        for name in _FOLDERS:
+            (path / name).mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(path)
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir={config.run.dir}: the run's folder cannot be made or written ({error})"
+        ) from error
     try:
         is_resumed = _check_same_run(path, config, command, accept_changes)
     except ConfigError:
@@ -137,9 +138,11 @@ def _lock(path: Path) -> int:
 
 
 def _check_same_run(path: Path, config: Config, command: str, accept_changes: bool) -> bool:
-    """Whether the folder holds an earlier attempt; an error if that was another run."""
+    """Whether the folder holds a checkpoint to resume from; an error if it is another run's."""
     if not (path / CONFIG_FILE).is_file():
         return False
+    if not (path / "checkpoints" / "latest").is_file():
+        return False  # nothing was kept of the earlier attempt, so it binds nobody
     before = previous_command(path)
     if before not in ("", command):
         raise ConfigError(

@@ -85,6 +85,10 @@ class Connection:
         """
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._run(started), name=self.launch.name)
+        # The task itself is waited for as well: whatever ends it must not leave `started` open.
+        await asyncio.wait([self._task, started], return_when=asyncio.FIRST_COMPLETED)
+        if not started.done():
+            raise ToolError(f"{self.launch.name} did not start: {self._task.exception()!r}")
         await started
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> CallToolResult:
@@ -147,7 +151,9 @@ class Connection:
                 started.set_exception(ToolError(error))
                 return
             self._deaths_in_a_row += 1
-            delay = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 3 ** (self._deaths_in_a_row - 1))
+            # The exponent is bounded because a float's is: 3.0 ** 700 raises.
+            exponent = min(self._deaths_in_a_row - 1, 10)
+            delay = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 3.0**exponent)
             _log.warning("%s; restarting it in %.1f s", error, delay)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), delay)

@@ -104,7 +104,8 @@ def _parse_line(line: bytes, where: str, default_id: str) -> Document:
             value = str(value)
         if not isinstance(value, str | None):
             raise DataError(f"{where}: field {key!r} must be a string, got {type(value).__name__}")
-        values[key] = value or ""
+        # Lone surrogates, which JSON can spell and crawls hold, have no UTF-8 form.
+        values[key] = (value or "").encode("utf-8", "replace").decode()
     if not values["text"].strip():
         raise DataError(f"{where}: field 'text' is missing or empty")
     identity = values["id"] or default_id

@@ -11,6 +11,7 @@ import asyncio
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,7 +35,7 @@ _log = logging.getLogger(__name__)
 _OUTAGE = re.compile(
     r"\b(ETIMEDOUT|ECONNRESET|ECONNREFUSED|EHOSTUNREACH|ENETUNREACH|ENOTFOUND|EAI_AGAIN|EPIPE)\b"
     r"|socket hang up|fetch failed|API error: (401|402|403|429|502|503|504)\b"
-    r"|unauthorized|not enough credits|rate limit|too many requests|service unavailable",
+    r"|^(unauthorized|not enough credits|rate limit|too many requests|service unavailable)\b",
     re.IGNORECASE,
 )
 
@@ -98,7 +99,7 @@ class _Server:
                             if not _OUTAGE.search(error.message):
                                 return error
                             if last:
-                                raise ToolError(self._outage_text(connection, error)) from error
+                                raise ToolError(self._outage_text(error)) from error
                             await asyncio.sleep(OUTAGE_BACKOFF_S * 4 ** (attempt - 1))
                     raise ToolError(
                         f"{self.name}/{tool}: the server died in each of {MAX_ATTEMPTS} attempts; "
@@ -118,9 +119,8 @@ class _Server:
                     f"{self.name}/{tool}: the server broke the protocol: {str(error)[:500]}"
                 ) from error
 
-    def _outage_text(self, connection: Connection, error: MCPError) -> str:
-        message = connection.launch.redact(error.message)[:500]
-        return f"tool server {self.name!r}: the service behind it failed: {message}"
+    def _outage_text(self, error: MCPError) -> str:
+        return f"tool server {self.name!r}: the service behind it failed: {error.message[:500]}"
 
     async def _ready(self) -> Connection:
         """The usable process with the fewest calls; waits for a restart if there is none."""
@@ -185,7 +185,10 @@ class McpToolBox:
         for error in errors:
             if not isinstance(error, ToolError):
                 raise error
-        raise ToolError("\n".join(dict.fromkeys(str(error) for error in errors)))
+        text = "\n".join(dict.fromkeys(str(error) for error in errors))
+        for connection in self._connections():
+            text = connection.launch.redact(text)
+        raise ToolError(text)
 
     async def close(self) -> None:
         """Stop all processes; on return none is left. A second call does nothing."""
@@ -208,10 +211,18 @@ class McpToolBox:
         target = self._servers.get(server)
         if target is None:
             raise ToolError(f"no tool server is called {server!r}")
-        outcome = await target.call(tool, arguments)
+        # Whatever a server says reaches the model and the recorded rollouts, so that a server that
+        # quotes its key in an error must not spread it.
+        redact = target.connections[0].launch.redact
+        try:
+            outcome = await target.call(tool, arguments)
+        except ToolError as error:
+            raise ToolError(redact(str(error))) from None
         if isinstance(outcome, MCPError):
-            return ToolReply(cut_text(f"Error: {outcome.message}", self._max_chars), True)
-        return reply_of(outcome, self._max_chars)
+            reply = ToolReply(cut_text(f"Error: {outcome.message}", self._max_chars), True)
+        else:
+            reply = reply_of(outcome, self._max_chars)
+        return replace(reply, text=redact(reply.text))
 
     @property
     def num_restarts(self) -> int:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import signal
+import subprocess
 from types import TracebackType
 from typing import Any, Self
 
@@ -102,8 +103,8 @@ class ServerProcess:
         Raises:
             ToolError: the program cannot be started.
         """
-        launch.log_path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            launch.log_path.parent.mkdir(parents=True, exist_ok=True)
             with launch.log_path.open("ab") as log:
                 offset = log.tell()
                 process = await asyncio.create_subprocess_exec(
@@ -117,7 +118,7 @@ class ServerProcess:
                     process_group=0,
                     preexec_fn=end_with_parent,
                 )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             reason = "no such program" if isinstance(error, FileNotFoundError) else str(error)
             raise ToolError(
                 f"{launch.name} cannot be started: {reason}: {launch.argv[0]!r}\n"

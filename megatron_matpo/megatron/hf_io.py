@@ -305,6 +305,7 @@ def replace_folder(temporary: Path, target: Path) -> None:
     at every moment one complete folder exists under one of the two names.
     """
     flush_to_disk(temporary)
+    target = target.resolve()
     old = target.with_name(target.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -80,11 +80,8 @@ def _check(config: Config, world_size: int) -> None:
             f"{parallel.pipeline} x {parallel.context} x {parallel.data} = {parallel.world_size}, "
             f"but {world_size} trainer ranks were started"
         )
-    if parallel.context > 1 and config.cluster.device == "cpu":
-        raise ConfigError(
-            f"parallel.context={parallel.context}: context parallelism needs Transformer Engine "
-            "on GPUs; use 1 on the CPU platform"
-        )
+    if parallel.context > 1:
+        raise ConfigError(f"parallel.context={parallel.context}: only 1 is supported")
     if parallel.expert > 1:
         raise ConfigError(
             f"parallel.expert={parallel.expert}: the supported models are dense; use 1"

@@ -118,13 +118,6 @@ METRICS: tuple[MetricSpec, ...] = (
         "time/collect_s", "s", "wall clock", "The manager's work on the step; may overlap training."
     ),
     MetricSpec("time/*", "s", "wall clock", "Other phases (checkpoint, eval, ...)."),
-    MetricSpec("memory/*", "GiB", "maximum over ranks", "Device memory."),
-    MetricSpec(
-        "staleness/*",
-        "versions",
-        "over sampled tokens",
-        "Age of the sampled tokens when they were trained.",
-    ),
     MetricSpec("rollout/episodes", "count", "sum", "Episodes of the step, failed ones included."),
     MetricSpec("rollout/failed", "count", "sum", "Episodes left out because of infrastructure."),
     MetricSpec("rollout/failed_frac", "[0, 1]", "share of the step's episodes", "The same."),

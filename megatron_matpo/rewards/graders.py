@@ -20,6 +20,7 @@ Grader = Callable[[str, str], float]
 """(answer, ground truth) -> accuracy in [0, 1]."""
 
 _LATEX_TEXT = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mathit)\s*\{([^{}]*)\}")
+_MINUS = re.compile(r"(?<![\w)])[-\u2212](?=\d)")
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # Relative tolerance of `numeric`: absorbs decimal rounding, not a wrong last digit.
@@ -29,6 +30,8 @@ _REL_TOL = 1e-6
 def normalize(text: str) -> str:
     """Text as `exact_match` compares it."""
     text = unicodedata.normalize("NFKC", _LATEX_TEXT.sub(r"\1", text)).casefold()
+    # A minus sign before a digit is part of the number; all other symbols are not compared.
+    text = _MINUS.sub("minus ", text)
     letters = (" " if unicodedata.category(char)[0] in "PSZC" else char for char in text)
     plain = " ".join("".join(letters).split())
     # A text of nothing but articles or symbols stays as it is, or "A" would equal "The".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -87,7 +88,7 @@ class RolloutManager:
         metrics = rollout_metrics(groups, time.monotonic() - start) | tools.metrics()
         batch = RolloutBatch(step, version, tuple(groups), metrics)
         if split == "train" and self._config.obs.record_rollouts:
-            self._record(batch)
+            await asyncio.to_thread(self._record, batch)
         _log.info(
             "step %d (%s): %d episodes in %.1f s, %d left out, %d tokens sampled",
             step,
@@ -117,5 +118,5 @@ class RolloutManager:
         ]
 
     def _record(self, batch: RolloutBatch) -> None:
-        path = Path(self._config.run_dir) / "rollouts" / f"step_{batch.step:06d}.rollout"
+        path = wire.recording_path(Path(self._config.run_dir) / "rollouts", batch.step)
         write_atomic(path, wire.encode(batch), durable=False)

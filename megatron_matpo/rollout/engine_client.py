@@ -28,6 +28,7 @@ from megatron_matpo.types import VersionSpan
 PauseMode = Literal["abort", "retract", "in_place"]
 
 _POLL_S = 0.25
+_KEEPALIVE_S = 2.0
 _HEALTH_LIMIT_S = 10.0
 _SHOWN_CHARS = 500
 
@@ -302,7 +303,9 @@ class EngineClient:
         if self._session is None:
             # No limit on connections: the manager bounds its requests, and a health check must not
             # queue behind generations.
-            connector = aiohttp.TCPConnector(limit=0)
+            # Idle connections are dropped before SGLang drops them (5 s): a request on one that is
+            # just being closed would fail, and a generation is not sent twice.
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
             self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
         started = time.monotonic()
         try:

@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +21,16 @@ from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.data.dataset import Question
 from megatron_matpo.errors import RolloutError
 from megatron_matpo.rewards.combine import Scorer
-from megatron_matpo.types import INFRASTRUCTURE_FAILURES, Episode, Group
+from megatron_matpo.types import (
+    INFRASTRUCTURE_FAILURES,
+    Episode,
+    Group,
+    Role,
+    Status,
+    Trajectory,
+)
+
+_log = logging.getLogger(__name__)
 
 RunEpisode = Callable[[str, Question], Awaitable[EpisodeTree]]
 """(episode id, question) -> what it left behind; failures are statuses."""
@@ -85,13 +95,33 @@ class Scheduler:
             for job, row in zip(jobs, tasks, strict=True)
         ]
 
+    async def _run_to_tree(self, episode_id: str, question: Question) -> EpisodeTree:
+        """Run an episode; what it raises becomes its status, so that it never ends the step."""
+        try:
+            return await self._run_episode(episode_id, question)
+        except Exception as error:
+            _log.exception("episode %s", episode_id)
+            planner = Trajectory(
+                id=f"{episode_id}.p",
+                role=Role.PLANNER,
+                agent="",
+                parent_id="",
+                spawn_turn=0,
+                turns=(),
+                status=Status.INTERNAL_ERROR,
+                format_score=0.0,
+                task=question.user,
+                error=repr(error),
+            )
+            return EpisodeTree(planner, (), "")
+
     async def _episode(self, job: GroupJob, sample_index: int, num_episodes: int) -> Episode:
         async with self._gate:
             start = time.monotonic()
             episode_id = f"{job.uid}.{sample_index}"
             num_retries = 0
             while True:
-                tree = await self._run_episode(episode_id, job.question)
+                tree = await self._run_to_tree(episode_id, job.question)
                 is_failed = tree.planner.status in INFRASTRUCTURE_FAILURES
                 if not is_failed or num_retries >= self._config.max_episode_retries:
                     break

@@ -32,6 +32,16 @@ class LearnResult:
     num_updates: int
 
 
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update, as this rank sees it."""
+
+    batches: list[MicroBatch]
+    """Of this data-parallel rank."""
+    num_tokens: int
+    """Trained tokens of the whole update, all ranks: the denominator of its loss."""
+
+
 class PolicyLearner:
     """The policy-gradient step: N updates over one rollout batch."""
 
@@ -41,20 +51,15 @@ class PolicyLearner:
         self._actor = actor
         self._state = state
 
-    def learn(self, samples: Sequence[TrainSample], first_update: int) -> LearnResult:
-        """Train on `samples` (the same list on every rank).
+    def prepare(self, samples: Sequence[TrainSample]) -> list[Update]:
+        """Split `samples` (the same list on every rank) into updates, with old log-probs.
 
         With one update the behaviour policy of the ratio is the current one, so old log-probs are
         the forward pass's own, detached, and no scoring pass is made; the same pass gives the
         mismatch between engine and trainer. With more updates and `algo.old_logprobs=trainer`, all
-        samples are scored before the first one.
-
-        Args:
-            samples: trajectories of the step, with their advantages.
-            first_update: optimizer updates made so far; sets the learning rate.
+        samples are scored here, before the first update.
 
         Raises:
-            NonFiniteError: before the optimizer moves.
             RolloutError: there is nothing to train on.
         """
         if not samples:
@@ -65,9 +70,23 @@ class PolicyLearner:
         batches = [self._micro_batches(update) for update in updates]
         if len(updates) > 1 and self._config.algo.old_logprobs == "trainer":
             batches = [self._with_old_logprobs(batch) for batch in batches]
+        return [
+            Update(batch, num_trained_tokens(update))
+            for update, batch in zip(updates, batches, strict=True)
+        ]
+
+    def learn(self, updates: Sequence[Update], first_update: int) -> LearnResult:
+        """Make the updates.
+
+        Args:
+            updates: what `prepare` returned.
+            first_update: optimizer updates made so far; sets the learning rate.
+
+        Raises:
+            NonFiniteError: before the optimizer moves.
+        """
         results = [
-            self._update(batch, num_trained_tokens(update), first_update + i, len(updates))
-            for i, (update, batch) in enumerate(zip(updates, batches, strict=True))
+            self._update(update, first_update + i, len(updates)) for i, update in enumerate(updates)
         ]
         return LearnResult(_combine(results), len(results))
 
@@ -82,13 +101,11 @@ class PolicyLearner:
             for batch, (logprobs, _) in zip(batches, scored, strict=True)
         ]
 
-    def _update(
-        self, batches: list[MicroBatch], num_tokens: int, update_index: int, num_updates: int
-    ) -> UpdateResult:
+    def _update(self, update: Update, update_index: int, num_updates: int) -> UpdateResult:
         algo = self._config.algo
         options = PolicyLossOptions(algo.clip_low, algo.clip_high, algo.dual_clip)
         own_old = num_updates == 1 and algo.old_logprobs == "trainer"
-        denominator = float(max(1, num_tokens))
+        denominator = float(max(1, update.num_tokens))
 
         def loss_fn(
             logprobs: Tensor, entropy: Tensor, batch: MicroBatch
@@ -109,7 +126,7 @@ class PolicyLearner:
             )
             return loss, metrics
 
-        return self._actor.update(batches, loss_fn, update_index)
+        return self._actor.update(update.batches, loss_fn, update_index)
 
 
 class SupervisedLearner:

@@ -1,10 +1,11 @@
 """The training loop, on one screen.
 
-    collect -> learn -> push weights -> log -> checkpoint? -> evaluate?
+    collect -> score -> learn -> push weights -> evaluate? -> log -> checkpoint?
 
 | phase   | produces                     | waits for                  | released by               |
 |---------|------------------------------|----------------------------|---------------------------|
 | collect | episodes of policy v         | engines serving v          | manager, or the recording |
+| score   | old log-probs, if needed     | the step's episodes        | every rank's forward pass |
 | learn   | policy v + 1                 | the step's episodes        | the optimizer             |
 | sync    | engines serving v + 1        | policy v + 1               | every engine's answer     |
 """
@@ -40,8 +41,10 @@ def train(run: Run) -> None:
                 scale=config.algo.advantage_scale,
             )
             samples = to_samples(batch, advantages)
+            with run.clock.phase("score"):
+                updates = run.learner.prepare(samples)
             with run.clock.phase("train"):
-                result = run.learner.learn(samples, progress.num_updates)
+                result = run.learner.learn(updates, progress.num_updates)
             progress = progress.after(result.num_updates)
             with run.clock.phase("sync"):
                 served = run.sync.push(progress.policy_version)

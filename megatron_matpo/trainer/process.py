@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 from megatron_matpo.config import Config, load_resolved
+from megatron_matpo.errors import DeadlineError
 from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.obs.status import PhaseWriter
 from megatron_matpo.trainer.clock import Clock
 
 ROLE = "trainer"
+_COLLECTIVE_TIMEOUT = re.compile(r"timed out waiting|collective operation timeout", re.IGNORECASE)
 
 
 def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
@@ -32,11 +35,28 @@ def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
         work(load_resolved(str(run_dir / "config.yaml")), run_dir, clock)
     except BaseException as error:
         text = traceback.format_exc()
-        record_failure(run_dir, ROLE, rank, clock.current, error, text)
-        print(text, file=sys.stderr, flush=True)
-        # Skips interpreter shutdown: a broken process group could block it for minutes.
-        os._exit(1)
+        try:
+            record_failure(run_dir, ROLE, rank, clock.current, _named(error), text)
+        finally:
+            # Even with a full disk. Skips interpreter shutdown: a broken process group could block
+            # it for minutes.
+            print(text, file=sys.stderr, flush=True)
+            os._exit(1)
     # Everything is written and closed; tearing down torch's modules would only take seconds.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _named(error: BaseException) -> BaseException:
+    """A collective that ran into its deadline says which setting holds it; others stay as they are.
+
+    gloo and NCCL report such a timeout as a RuntimeError of their own.
+    """
+    text = str(error)
+    if isinstance(error, RuntimeError) and _COLLECTIVE_TIMEOUT.search(text):
+        return DeadlineError(
+            f"a collective was not finished in time (train.timeout_s; for the rollout's batch "
+            f"rollout.step_timeout_s): {text}"
+        )
+    return error

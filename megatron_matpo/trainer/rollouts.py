@@ -17,7 +17,7 @@ from torch import distributed as dist
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError, DeadlineError, RolloutError
 from megatron_matpo.types import PolicyVersion, RolloutBatch
-from megatron_matpo.wire import decode
+from megatron_matpo.wire import decode, recording_path
 
 HEALTH_EVERY_S = 0.2
 HEALTH_TIMEOUT_S = 10.0
@@ -67,7 +67,7 @@ class ManagerRollouts:
         while time.monotonic() < end:
             try:
                 health = json.loads(self._open("/health", None, HEALTH_TIMEOUT_S))
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 detail = str(error)
             else:
                 if health["ready"]:
@@ -146,11 +146,6 @@ class ReplayRollouts:
                 "obs.record_rollouts=true or lower run.steps"
             )
         return decode(path.read_bytes(), str(path))
-
-
-def recording_path(folder: Path, step: int) -> Path:
-    """File that the manager writes for `step`."""
-    return folder / f"step_{step:06d}.rollout"
 
 
 def share_bytes(data: bytes | None, group: dist.ProcessGroup, device: torch.device) -> bytes:

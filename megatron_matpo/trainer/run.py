@@ -11,6 +11,7 @@ from typing import Protocol
 from megatron_matpo.algo.advantages import num_uninformative_groups
 from megatron_matpo.config import Config
 from megatron_matpo.data.schedule import num_trained_tokens
+from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.obs.metrics import MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
@@ -112,8 +113,18 @@ class Run:
     log: RunLog | None
 
     def resume(self) -> Progress:
-        """Load the last checkpoint, or the initial model where there is none."""
+        """Load the last checkpoint, or the initial model where there is none.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged or belongs to another model.
+            ConfigError: a run whose engines keep their first weights cannot be resumed.
+        """
         progress = load_progress(self.actor, self.run_dir, self.clock)
+        if progress.step > 0 and self.config.weight_sync.transport == "none":
+            raise ConfigError(
+                "weight_sync.transport=none: this control experiment cannot be resumed, because "
+                "the engines would get the trained weights; start it again under another run.name"
+            )
         if self.log is not None:
             self.log.resume_after(progress.step)
         return progress
@@ -161,8 +172,11 @@ class Run:
             save_progress(self.actor, self.run_dir, progress, self.clock)
 
     def evaluate(self, step: int, version: PolicyVersion) -> dict[str, float]:
-        """`eval/...` metrics of the first rows of `data.eval`, if an evaluation is due."""
-        if not is_due(self.config.data.eval_every, step):
+        """`eval/...` metrics of the first rows of `data.eval`, if an evaluation is due.
+
+        None in a replay: recordings hold training episodes only.
+        """
+        if self.config.rollout.replay or not is_due(self.config.data.eval_every, step):
             return {}
         self.clock.enter("evaluate")
         batch = self.rollouts.collect(step, version, "eval")

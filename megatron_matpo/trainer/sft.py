@@ -5,6 +5,7 @@ Entry of a rank: `python -m megatron_matpo.trainer.sft --run-dir RUN`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_matpo.config import Config
@@ -25,6 +26,8 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
         DataError: a conversation is malformed.
         NonFiniteError: before the optimizer moved.
     """
+    # Cross entropy is of the policy itself, whatever temperature a rollout would sample at.
+    config = replace(config, rollout=replace(config.rollout, temperature=1.0))
     tokenizer = Tokenizer.load(config.model.path)
     samples = read_conversations(config.sft.data, tokenizer, config.rollout.context_length)
     state, actor = build_actor(config, clock)

@@ -204,7 +204,7 @@ class BroadcastSync:
         work.wait()
 
     async def _all(self, waits: Iterable[Awaitable[T]], what: str) -> list[T]:
-        """Run together; the first failure or the deadline ends all of them."""
+        """Run together; the first failure or the deadline ends the wait."""
         limit, started = self._config.timeout_s, time.monotonic()
         try:
             async with asyncio.timeout(limit):

@@ -13,6 +13,7 @@ from megatron_matpo.agents.grammar import (
     check_arguments,
     format_score,
     parse_calls,
+    refuse_surplus,
     strip_calls,
     visible_text,
 )
@@ -47,6 +48,9 @@ def outcomes(text: str, thinking: bool = False) -> list[str]:
         (raw('{"q": "<think> is a tag"}') + GOOD, ["ok", "ok"]),
         (raw('{"q": "x", "num": 3}'), ["ok"]),
         (raw("{}"), ["missing_argument"]),
+        (raw('{"q": ' + "[" * 101 + "]" * 101 + "}"), ["bad_json"]),
+        (raw('{"q": "' + "[" * 500 + '"}'), ["ok"]),
+        (raw('{"q": "x", "num": 1e999}'), ["bad_json"]),
         (raw('{"num": 3}'), ["missing_argument"]),
         (raw('{"q": "x", "hl": "en"}'), ["unknown_argument"]),
         (raw('{"q": 7}'), ["mistyped_argument"]),
@@ -219,3 +223,16 @@ def test_time_is_linear(piece: str) -> None:
 def test_specs_with_odd_schemas_do_not_break_the_check() -> None:
     spec = ToolSpec("web", "search", "", {"properties": None, "required": None})
     assert [item.outcome for item in parse_calls(GOOD, [spec])] == [CallOutcome.UNKNOWN_ARGUMENT]
+
+
+@pytest.mark.parametrize("required", [True, None, "q", 3])
+def test_a_schema_with_a_wrong_required_does_not_stop_a_call(required: object) -> None:
+    schema = {"properties": {"q": {"type": "string"}}, "required": required}
+    assert check_arguments({"q": "x"}, schema) == (CallOutcome.OK, "")
+
+
+def test_calls_beyond_the_limit_are_refused() -> None:
+    calls = refuse_surplus(parse_calls(GOOD * 5, SPECS), 2)
+    assert [call.outcome for call in calls] == ["ok", "ok", "too_many", "too_many", "too_many"]
+    assert "at most 2 calls" in calls[-1].detail
+    assert refuse_surplus(calls[:2], 2) == calls[:2]

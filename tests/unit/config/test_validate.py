@@ -28,7 +28,7 @@ QWEN3 = {
     "intermediate_size": 128,
     "vocab_size": 512,
     "rope_theta": 10000.0,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 40960,
 }
 
 

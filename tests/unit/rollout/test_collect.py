@@ -158,10 +158,21 @@ def test_deadline_is_a_failure_that_names_its_setting() -> None:
     assert batch.metrics["rollout/failed"] == 4
 
 
-def test_a_bug_is_not_taken_for_a_failed_episode() -> None:
-    with pytest.raises(ExceptionGroup) as error:
-        collect(lambda *_: ZeroDivisionError("bug"))
-    assert error.group_contains(ZeroDivisionError)
+def test_a_bug_in_one_episode_is_counted_and_never_the_step_s() -> None:
+    def policy(conversation: str, *rest: object) -> object:
+        if conversation.startswith("train-1-0.0."):
+            return ZeroDivisionError("bug")
+        return "\\boxed{4}"
+
+    batch, _ = collect(policy, make_config(max_failed_frac=0.25, max_episode_retries=0))
+    failed = [ep for group in batch.groups for ep in group.episodes if ep.reward is None]
+    assert [ep.failure for ep in failed] == ["internal_error: ZeroDivisionError('bug')"]
+    assert batch.metrics["rollout/failed"] == 1
+
+
+def test_a_bug_in_every_episode_stops_the_run_with_its_name() -> None:
+    with pytest.raises(RolloutError, match="internal_error: ZeroDivisionError"):
+        collect(lambda *_: ZeroDivisionError("bug"), make_config(max_episode_retries=0))
 
 
 def test_metrics_are_registered_and_right() -> None:

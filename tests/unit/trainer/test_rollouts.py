@@ -9,8 +9,8 @@ import pytest
 
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError, DeadlineError, RolloutError
-from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, recording_path
-from megatron_matpo.wire import encode
+from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts
+from megatron_matpo.wire import encode, recording_path
 from tests.helpers.episodes import make_batch
 
 BATCH = make_batch(1)

@@ -1,0 +1,83 @@
+"""Violations in the sections `agents` and `tools`: each entry by itself, and who may call whom."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from megatron_matpo.config.agents import AgentConfig, McpServerConfig
+from megatron_matpo.config.root import Config
+
+_ROLES = ("planner", "worker")
+_SUMMARIES = ("always", "on_overflow", "never")
+_SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+
+
+def check_agent(name: str, agent: AgentConfig) -> Iterator[str]:
+    """Violations of one agent by itself."""
+    path = f"agents.{name}"
+    if agent.role not in _ROLES:
+        yield f"{path}.role={agent.role}: expected one of {', '.join(_ROLES)}"
+    if agent.final_summary not in _SUMMARIES:
+        yield f"{path}.final_summary={agent.final_summary}: expected one of {', '.join(_SUMMARIES)}"
+    least = {
+        "max_turns": 1,
+        "max_tokens_per_turn": 1,
+        "max_calls_per_turn": 1,
+        "max_invalid_calls": 0,
+    }
+    for field, low in {**least, "summary_reserve_tokens": 0}.items():
+        if getattr(agent, field) < low:
+            yield f"{path}.{field}={getattr(agent, field)}: must be at least {low}"
+    if agent.role == "worker" and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", agent.tool_name):
+        yield f"{path}.tool_name={agent.tool_name}: expected a tool name (letters, digits, '_')"
+
+
+def check_server(name: str, server: McpServerConfig) -> Iterator[str]:
+    """Violations of one tool server by itself."""
+    path = f"tools.servers.{name}"
+    if not server.command:
+        yield f"{path}.command=: expected the program that serves MCP over stdio, such as python"
+    for field in ("num_processes", "max_concurrency"):
+        if getattr(server, field) < 1:
+            yield f"{path}.{field}={getattr(server, field)}: must be at least 1"
+    for field in ("start_timeout_s", "call_timeout_s"):
+        if getattr(server, field) <= 0:
+            yield f"{path}.{field}={getattr(server, field)}: must be greater than 0"
+    for variable in server.env:
+        # The value is left out on purpose: it may be the secret itself.
+        if _SECRET_NAME.search(variable):
+            yield (
+                f"{path}.env.{variable}: looks like a secret, and the configuration is written to "
+                f"disk; export {variable} and name it in {path}.env_from"
+            )
+
+
+def check_planner(config: Config) -> Iterator[str]:
+    """The planner, and that every agent's tools exist."""
+    planners = [name for name, agent in config.agents.items() if agent.role == "planner"]
+    workers = [name for name, agent in config.agents.items() if agent.role == "worker"]
+    chosen = config.agents.get(config.rollout.planner)
+    if chosen is None:
+        known = ", ".join(planners) or "none is defined"
+        yield f"rollout.planner={config.rollout.planner}: no such agent; planner agents: {known}"
+    elif chosen.role != "planner":
+        yield (
+            f"rollout.planner={config.rollout.planner}: its role is {chosen.role}; set "
+            f"agents.{config.rollout.planner}.role=planner or name one of: {', '.join(planners)}"
+        )
+    for name in workers:
+        if name in config.tools.servers:
+            yield f"agents.{name}: a tool server has the same name; rename one of them"
+    for name, agent in config.agents.items():
+        allowed = [*config.tools.servers, *(workers if agent.role == "planner" else [])]
+        for tool in agent.tools:
+            if tool in allowed:
+                continue
+            why = "no such tool server or worker agent"
+            if tool in config.agents:
+                why = "only a planner may call agents, and only workers can be called"
+            yield f"agents.{name}.tools={tool}: {why}; known: {', '.join(allowed) or 'none'}"
+        called = [config.agents[tool].tool_name for tool in agent.tools if tool in workers]
+        if len(set(called)) < len(called):
+            yield f"agents.{name}.tools: its workers share a tool_name; give each its own"

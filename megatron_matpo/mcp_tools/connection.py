@@ -126,6 +126,8 @@ class Connection:
         if self._ping is not None:
             self._ping.cancel()
         if self._task is not None:
+            if self._session is None:
+                self._task.cancel()  # it does not look at `_closing` while it shakes hands
             await asyncio.wait([self._task])
 
     async def _check(self) -> None:
@@ -163,10 +165,16 @@ class Connection:
 
     async def _serve(self, started: asyncio.Future[None]) -> str:
         """One life of the process; returns why it ended."""
+        # Shielded: a cancelled spawn would leave a process that nobody knows.
+        spawning = asyncio.ensure_future(ServerProcess.spawn(self.launch))
         try:
-            process = await ServerProcess.spawn(self.launch)
+            process = await asyncio.shield(spawning)
         except ToolError as error:
             return str(error)
+        except asyncio.CancelledError:
+            with contextlib.suppress(ToolError):
+                await (await spawning).stop()
+            raise
         self._process = process
         failure = ""
         try:

@@ -175,9 +175,13 @@ class McpToolBox:
         Raises:
             ToolError: names every server that did not start; the others are stopped again.
         """
-        outcomes = await asyncio.gather(
-            *(connection.start() for connection in self._connections()), return_exceptions=True
-        )
+        try:
+            outcomes = await asyncio.gather(
+                *(connection.start() for connection in self._connections()), return_exceptions=True
+            )
+        except asyncio.CancelledError:
+            await self.close()  # the caller will not: it never got a started tool box
+            raise
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if not errors:
             return

@@ -21,10 +21,11 @@ def config(tmp_path) -> Config:
 
 
 def open_and_close(config: Config, command: str = "train", **options) -> bool:
-    """As a supervisor that has ended: the lock is dropped; returns whether it was resumed."""
+    """As a supervisor whose run saved a checkpoint and ended; returns whether it was resumed."""
     import os
 
     folder, is_resumed = open_run_folder(config, command, **options)
+    (folder.path / "checkpoints" / "latest").write_text("step_1")
     os.close(folder.lock_descriptor)
     return is_resumed
 
@@ -55,7 +56,21 @@ def test_a_second_supervisor_is_refused_and_told_who_the_first_is(config, tmp_pa
     other.kill()
     other.wait()
     assert not is_in_use(tmp_path / "demo")
-    assert open_and_close(config) is True
+
+
+def test_an_attempt_without_a_checkpoint_binds_nobody(config, tmp_path):
+    open_and_close(config)
+    (tmp_path / "demo" / "checkpoints" / "latest").unlink()
+    other = replace(config, algo=replace(config.algo, clip_low=0.3))
+    assert open_and_close(other) is False
+    assert load_resolved(str(tmp_path / "demo" / "config.yaml")) == other
+
+
+def test_a_folder_that_cannot_be_made_names_the_setting(config, tmp_path):
+    (tmp_path / "file").touch()
+    broken = replace(config, run=replace(config.run, dir=str(tmp_path / "file")))
+    with pytest.raises(ConfigError, match=r"run\.dir=.*/file: the run's folder cannot be made"):
+        open_run_folder(broken, "train")
 
 
 def test_length_and_records_may_change(config):

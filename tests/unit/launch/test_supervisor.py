@@ -37,6 +37,8 @@ class FakeRun:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # The tests themselves may run under nohup, and an ignored SIGHUP stays ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             env={**os.environ, "MATPO_TEST_MARK": str(run_dir), "PYTHONPATH": os.getcwd()},
         )
 

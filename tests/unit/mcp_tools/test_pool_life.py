@@ -154,3 +154,18 @@ def _runs(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.05, 0.2])
+def test_a_cancelled_start_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
+    async def run() -> None:
+        box = McpToolBox(ToolsConfig({"a": rogue(), "b": rogue("silent")}), tmp_path)
+        task = asyncio.create_task(box.start())
+        await asyncio.sleep(delay_s)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            async with asyncio.timeout(20):
+                await task
+
+    asyncio.run(run())
+    assert not [item for item in psutil.Process().children() if ROGUE in item.cmdline()]

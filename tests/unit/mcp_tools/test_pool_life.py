@@ -159,7 +159,7 @@ def _runs(pid: int) -> bool:
 @pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.05, 0.2])
 def test_a_cancelled_start_leaves_nothing(tmp_path: Path, delay_s: float) -> None:
     async def run() -> None:
-        box = McpToolBox(ToolsConfig({"a": rogue(), "b": rogue("silent")}), tmp_path)
+        box = McpToolBox(ToolsConfig({"a": rogue(), "b": rogue("mute")}), tmp_path)
         task = asyncio.create_task(box.start())
         await asyncio.sleep(delay_s)
         task.cancel()

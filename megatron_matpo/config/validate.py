@@ -94,6 +94,13 @@ _BETWEEN: dict[str, tuple[float | None, float]] = {
     "cluster.base_port": (0, 65535),
 }
 _LAST_PORT = 65535
+_NODE = "; install Node 18 or newer (Debian, Ubuntu: apt-get install nodejs npm)"
+# Programs that recipes are likely to name, and how a machine gets them.
+_HOW_TO_INSTALL = {
+    "node": _NODE,
+    "npx": _NODE,
+    "uvx": "; install uv (pip install uv)",
+}
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -325,7 +332,8 @@ def _check_programs(config: Config) -> Iterator[str]:
             continue
         path = f"tools.servers.{name}"
         if server.command not in ("", "python") and shutil.which(server.command) is None:
-            yield f"{path}.command={server.command}: no such program on PATH"
+            hint = _HOW_TO_INSTALL.get(server.command, "")
+            yield f"{path}.command={server.command}: no such program on PATH{hint}"
         for variable in server.env_from:
             if not os.environ.get(variable):
                 yield f"{path}.env_from={variable}: the environment variable is not set"

@@ -183,3 +183,14 @@ def test_settings_that_cannot_learn_are_warned_about(config):
         "weight_sync.transport",
     ]
     assert collect_warnings(config, command="train") == []
+
+
+def test_a_missing_node_is_named_with_the_command_that_installs_it(config, monkeypatch):
+    server = McpServerConfig(command="npx")
+    monkeypatch.setenv("PATH", "")
+    bad = replace(config, tools=ToolsConfig({"search": server}))
+    (line,) = collect_violations(bad, command="train")
+    assert line.startswith(
+        "tools.servers.search.command=npx: no such program on PATH; install Node"
+    )
+    assert "apt-get install nodejs npm" in line

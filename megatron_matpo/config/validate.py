@@ -119,19 +119,11 @@ def check_values(config: Config) -> list[str]:
     return problems
 
 
-def validate(config: Config, *, command: Command) -> None:
-    """Check everything that can be known before anything starts (datasets: `launch.preflight`).
-
-    Raises:
-        ConfigError: with one line for every violation: dotted path, value, what is allowed.
-    """
-    problems = collect_violations(config, command=command)
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
-
-
 def collect_violations(config: Config, *, command: Command) -> list[str]:
-    """What `validate` would raise, as a list."""
+    """Everything that can be known before anything starts (datasets: `launch.preflight`).
+
+    One line for every violation: dotted path, value, what is allowed.
+    """
     problems = [*check_values(config), *_check_model(config, command)]
     if command == "train":
         problems += _check_train(config)

@@ -83,7 +83,6 @@ class ServerProcess:
         self.ended = asyncio.Event()
         self.fault = ""
         """Why we gave up on it; empty if it ended by itself."""
-        self.num_garbage_lines = 0
         self._log_offset = offset
         self._process = process
         self._stdout = process.stdout
@@ -203,7 +202,6 @@ class ServerProcess:
         try:
             message = parse_message(line)
         except ValueError:
-            self.num_garbage_lines += 1
             if not self._spoke and self._garbage_timer is None:
                 shown = line[:80].decode("utf-8", "replace")
                 fault = f"does not speak MCP: it wrote {shown!r} on stdout"

@@ -37,11 +37,6 @@ class MicroBatch:
     sample_ids: tuple[str, ...] = ()
     """One per row; empty for padding micro-batches."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Padded tokens: b * s."""
-        return self.input_ids.numel()
-
     def to(self, device: torch.device) -> MicroBatch:
         """A copy whose tensors are on `device`; itself if they are already."""
         if self.input_ids.device == device:

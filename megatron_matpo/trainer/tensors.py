@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.batch import MicroBatch, empty_micro_batch
 from megatron_matpo.types import TrainSample
 
 
@@ -14,10 +14,12 @@ def to_micro_batch(samples: list[TrainSample], device: torch.device) -> MicroBat
 
     Causal attention makes right padding harmless: no real position sees a padded one.
     """
-    width = max((len(sample.input_ids) for sample in samples), default=1)
+    if not samples:
+        return empty_micro_batch(device)
+    width = max(len(sample.input_ids) for sample in samples)
 
     def padded(rows: list[list[int]] | list[list[float]], dtype: torch.dtype) -> Tensor:
-        filled = [[*row, *([0] * (width - len(row)))] for row in rows] or [[0]]
+        filled = [[*row, *([0] * (width - len(row)))] for row in rows]
         return torch.tensor(filled, dtype=dtype, device=device)
 
     masks = [[float(bit) for bit in sample.loss_mask] for sample in samples]
@@ -25,12 +27,12 @@ def to_micro_batch(samples: list[TrainSample], device: torch.device) -> MicroBat
     return MicroBatch(
         input_ids=padded([sample.input_ids for sample in samples], torch.long),
         labels=padded([sample.labels for sample in samples], torch.long),
-        position_ids=torch.arange(width, device=device).expand(max(1, len(samples)), width),
+        position_ids=torch.arange(width, device=device).expand(len(samples), width),
         loss_mask=padded(masks, torch.float32),
         old_logprobs=rollout_logprobs,
         rollout_logprobs=rollout_logprobs,
-        advantages=torch.tensor(
-            [[sample.advantage] for sample in samples] or [[0.0]], device=device
-        ).expand(max(1, len(samples)), width),
+        advantages=torch.tensor([[sample.advantage] for sample in samples], device=device).expand(
+            len(samples), width
+        ),
         sample_ids=tuple(sample.trajectory_id for sample in samples),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_matpo.config.train import WeightSyncConfig
-from megatron_matpo.errors import EngineError, WeightSyncError
+from megatron_matpo.errors import EngineError, EngineTimeout, WeightSyncError
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.buckets import Bucket, make_buckets
 from megatron_matpo.weight_sync.group import form_group
@@ -139,9 +139,12 @@ class BroadcastSync:
         self._runner.close()
 
     async def _connect(self) -> None:
-        await asyncio.gather(
-            *(engine.wait_ready(deadline_s=self._start_timeout_s) for engine in self._engines)
-        )
+        try:
+            await asyncio.gather(
+                *(engine.wait_ready(deadline_s=self._start_timeout_s) for engine in self._engines)
+            )
+        except EngineTimeout as error:
+            raise EngineTimeout(f"{error} (run.start_timeout_s)") from error
         world_size = 1 + self._ranks_per_engine * len(self._engines)
         joins = [
             engine.init_weights_update_group(

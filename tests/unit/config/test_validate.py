@@ -15,8 +15,7 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.agents import AgentConfig, McpServerConfig, ToolsConfig
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.config.train import ModelConfig
-from megatron_matpo.config.validate import collect_violations, collect_warnings, validate
-from megatron_matpo.errors import ConfigError
+from megatron_matpo.config.validate import collect_violations, collect_warnings
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -56,15 +55,13 @@ def section(config: Config, name: str, **values) -> Config:
 
 
 def test_a_good_configuration_passes(config):
-    validate(config, command="train")
-    validate(config, command="sft")
+    assert collect_violations(config, command="train") == []
+    assert collect_violations(config, command="sft") == []
 
 
-def test_all_violations_come_in_one_error(config):
+def test_all_violations_come_together(config):
     bad = section(section(config, "run", steps=0), "rollout", planner="nobody")
-    with pytest.raises(ConfigError) as caught:
-        validate(bad, command="train")
-    assert str(caught.value).splitlines() == [
+    assert collect_violations(bad, command="train") == [
         "run.steps=0: must be at least 1",
         "rollout.planner=nobody: no such agent; planner agents: main_agent",
     ]

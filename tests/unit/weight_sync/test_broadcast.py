@@ -110,7 +110,12 @@ class FakeEngine:
         return self.version
 
     async def close(self):
+        self.end()
+
+    def end(self):
+        """Kill and reap: a zombie among our children would confuse tests that look for processes."""
         self.process.kill()
+        self.process.join(10)
 
 
 def sync_with(engines, timeout_s=60.0):
@@ -162,7 +167,7 @@ def test_failures_are_named_inside_the_deadline(mode, message):
             sync.push(1)
         assert time.monotonic() - started < 30
     finally:
-        engine.process.kill()
+        engine.end()
 
 
 def test_push_once_lets_only_the_first_through():

@@ -113,7 +113,7 @@ class FakeEngine:
         self.end()
 
     def end(self):
-        """Kill and reap: a zombie among our children would confuse tests that look for processes."""
+        """Kill and reap: a zombie child would confuse tests that look for processes."""
         self.process.kill()
         self.process.join(10)
 

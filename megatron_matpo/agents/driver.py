@@ -144,7 +144,7 @@ class _Episode:
     async def _run_agent(self, conversation: Conversation) -> None:
         """Loop, then the final summary if the agent is to write one."""
         status = await self._loop(conversation)
-        wanted = conversation.agent.config.final_summary
+        wanted = conversation.agent.final_summary
         if wanted == "always" or (wanted == "on_overflow" and status in _SPENT):
             await self._summarise(conversation, status)
         conversation.status = status
@@ -180,8 +180,9 @@ class _Episode:
 
     def _room(self, conversation: Conversation) -> int:
         """Tokens that may still be added, the reserve for a summary kept free."""
-        config = conversation.agent.config
-        reserve = 0 if config.final_summary == "never" else config.summary_reserve_tokens
+        agent = conversation.agent
+        has_summary = agent.final_summary != "never"
+        reserve = agent.config.summary_reserve_tokens if has_summary else 0
         used = len(conversation.ids) + _SPARE_TOKENS + reserve
         return self._limits.context_tokens - used
 

@@ -36,6 +36,14 @@ class Agent:
     delegates: frozenset[str]
     """Server names in `tools` that are worker agents."""
 
+    @property
+    def final_summary(self) -> str:
+        """`always | on_overflow | never`, with `auto` resolved by role."""
+        wanted = self.config.final_summary
+        if wanted != "auto":
+            return wanted
+        return "on_overflow" if self.role is Role.PLANNER else "always"
+
     def system_prompt(self, from_dataset: str) -> str:
         """The system message: the recipe's template, else the row's (planner) or the built-in."""
         template = self.config.system_prompt

@@ -1,25 +1,8 @@
-"""Sections `data`, `rollout` and `reward`."""
+"""Section `rollout`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Questions, in the parquet schema of MATPO-data."""
-
-    train: str = ""
-    """Parquet file, or a folder of them."""
-    eval: str = ""
-    """Parquet file or folder; empty: no evaluation."""
-    eval_every: int = 0
-    """Steps between evaluations; 0: none."""
-    eval_prompts: int = 64
-    """Rows of `data.eval` that one evaluation asks, from the first."""
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 8
-    """Episodes per question: the GRPO group."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +11,12 @@ class RolloutConfig:
 
     planner: str = "main_agent"
     """Agent that answers the question; its `tools` decide between MATPO and single-agent mode."""
+    prompts: str = "rendered"
+    """System prompts: `rendered` from the recipe's agents and the live tool schemas, or the
+    planner's taken from the `dataset` row; a mismatch between the two is reported."""
+    call_format: str = "mcp_xml"
+    """How the policy writes tool calls: `mcp_xml` (what MATPO checkpoints know) or
+    `tool_call` (JSON in `<tool_call>`, native to Qwen and Hermes models)."""
     num_servers: int = 1
     tensor: int = 1
     """GPUs per engine."""
@@ -55,19 +44,11 @@ class RolloutConfig:
     """Deadline of one step's rollout as the trainer waits for it."""
     max_episode_retries: int = 1
     """Fresh attempts of an episode that failed for reasons outside the model."""
+    dynamic_sampling: bool = False
+    """Ask further questions in place of groups whose rewards are all equal (DAPO)."""
+    dynamic_sampling_max_rounds: int = 3
+    """Rounds of replacements in one step; groups that are still uninformative are kept."""
     max_failed_frac: float = 0.25
     """Share of a step's episodes that may be left out; more stops the run."""
     replay: str = ""
     """Folder of recorded `step_N.rollout` files: train on them, start no engine and no manager."""
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """Source of defaults: MATPO's scripts (0.9 / 0.1, no gate)."""
-
-    accuracy_weight: float = 0.9
-    format_weight: float = 0.1
-    gate_format: bool = False
-    """Format counts only when accuracy is exactly 1."""
-    grader: str = "exact_match"
-    """`exact_match` (normalised) | `f1` | `numeric`."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from megatron_matpo.config.agents import AgentConfig, ToolsConfig
-from megatron_matpo.config.rollout import DataConfig, RewardConfig, RolloutConfig
+from megatron_matpo.config.agents import AgentConfig
+from megatron_matpo.config.algo import AlgoConfig
+from megatron_matpo.config.data import DataConfig
+from megatron_matpo.config.evaluation import EvalConfig
+from megatron_matpo.config.reward import RewardConfig
+from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.config.run import CheckpointConfig, ClusterConfig, ObsConfig, RunConfig
+from megatron_matpo.config.tools import ToolsConfig
 from megatron_matpo.config.train import (
-    AlgoConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -23,12 +27,16 @@ class Config:
     """A resolved run: what `runs/NAME/config.yaml` holds and every process reads."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    compat: str = "corrected"
+    """`corrected | reference`: `reference` reproduces what the original MATPO code does for worker
+    advantages (C1), updates per step (C6) and the format reward (C10); see docs/algorithm.md."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: str = "auto"
     """`auto | fp32 | bf16`; auto is fp32 on CPU and bf16 on GPU."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     agents: dict[str, AgentConfig] = field(default_factory=dict[str, AgentConfig])
     """Agents by name; `rollout.planner` names the one that answers the question."""

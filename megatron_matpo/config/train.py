@@ -1,4 +1,4 @@
-"""Sections `model`, `parallel`, `algo`, `optim`, `train`, `weight_sync` and `sft`."""
+"""Sections `model`, `parallel`, `optim`, `train`, `weight_sync` and `sft`."""
 
 from __future__ import annotations
 
@@ -29,24 +29,6 @@ class ParallelConfig:
     def world_size(self) -> int:
         """Number of trainer ranks (expert parallelism lies inside the others)."""
         return self.tensor * self.pipeline * self.context * self.data
-
-
-@dataclass(frozen=True)
-class AlgoConfig:
-    """Advantage and loss."""
-
-    normalize_std: bool = True
-    """GRPO divides by the group's standard deviation; false is Dr. GRPO."""
-    advantage_scale: float = 1.0
-    """Multiplies every advantage; 0 is the control experiment that must not learn."""
-    updates_per_step: int = 1
-    """Optimizer updates per rollout batch; planner episodes are split evenly among them."""
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 3.0
-    """Bound c of dual-clip PPO for negative advantages; 0 turns it off."""
-    old_logprobs: str = "trainer"
-    """`trainer` recomputes old log-probs before the first update; `engine` takes the engine's."""
 
 
 @dataclass(frozen=True)

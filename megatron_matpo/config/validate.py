@@ -15,13 +15,20 @@ from typing import Literal
 
 from megatron_matpo.config.plan import num_ports
 from megatron_matpo.config.root import Config
-from megatron_matpo.config.validate_agents import check_agent, check_planner, check_server
+from megatron_matpo.config.validate_agents import check_agent, check_planner
+from megatron_matpo.config.validate_algo import check_algo
+from megatron_matpo.config.validate_data import check_data
+from megatron_matpo.config.validate_reward import check_reward
+from megatron_matpo.config.validate_tools import check_tools
 from megatron_matpo.errors import ConfigError
 
 Command = Literal["train", "sft"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
+    "compat": ("corrected", "reference"),
     "precision": ("auto", "fp32", "bf16"),
+    "rollout.prompts": ("rendered", "dataset"),
+    "rollout.call_format": ("mcp_xml", "tool_call"),
     "reward.grader": ("exact_match", "f1", "numeric"),
     "weight_sync.transport": ("broadcast", "none"),
     "algo.old_logprobs": ("trainer", "engine"),
@@ -114,8 +121,8 @@ def check_values(config: Config) -> list[str]:
     ]
     for name, agent in config.agents.items():
         problems += check_agent(name, agent)
-    for name, server in config.tools.servers.items():
-        problems += check_server(name, server)
+    for check in (check_tools, check_reward, check_algo, check_data):
+        problems += check(config)
     return problems
 
 

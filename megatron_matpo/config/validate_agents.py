@@ -1,16 +1,15 @@
-"""Violations in the sections `agents` and `tools`: each entry by itself, and who may call whom."""
+"""Violations in the section `agents`: each agent by itself, and who may call whom."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-from megatron_matpo.config.agents import AgentConfig, McpServerConfig
+from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.root import Config
 
 _ROLES = ("planner", "worker")
-_SUMMARIES = ("always", "on_overflow", "never")
-_SECRET_NAME = re.compile(r"(API_?KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL)", re.IGNORECASE)
+_SUMMARIES = ("auto", "always", "on_overflow", "never")
 
 
 def check_agent(name: str, agent: AgentConfig) -> Iterator[str]:
@@ -31,26 +30,6 @@ def check_agent(name: str, agent: AgentConfig) -> Iterator[str]:
             yield f"{path}.{field}={getattr(agent, field)}: must be at least {low}"
     if agent.role == "worker" and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", agent.tool_name):
         yield f"{path}.tool_name={agent.tool_name}: expected a tool name (letters, digits, '_')"
-
-
-def check_server(name: str, server: McpServerConfig) -> Iterator[str]:
-    """Violations of one tool server by itself."""
-    path = f"tools.servers.{name}"
-    if not server.command:
-        yield f"{path}.command=: expected the program that serves MCP over stdio, such as python"
-    for field in ("num_processes", "max_concurrency"):
-        if getattr(server, field) < 1:
-            yield f"{path}.{field}={getattr(server, field)}: must be at least 1"
-    for field in ("start_timeout_s", "call_timeout_s"):
-        if getattr(server, field) <= 0:
-            yield f"{path}.{field}={getattr(server, field)}: must be greater than 0"
-    for variable in server.env:
-        # The value is left out on purpose: it may be the secret itself.
-        if _SECRET_NAME.search(variable):
-            yield (
-                f"{path}.env.{variable}: looks like a secret, and the configuration is written to "
-                f"disk; export {variable} and name it in {path}.env_from"
-            )
 
 
 def check_planner(config: Config) -> Iterator[str]:

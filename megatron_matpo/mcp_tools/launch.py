@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_matpo.config.agents import McpServerConfig
+from megatron_matpo.config.tools import McpServerConfig
 from megatron_matpo.errors import ToolError
 
 _INHERITED_TEXT = (

@@ -20,7 +20,7 @@ from mcp.shared.exceptions import MCPError
 from mcp_types import CallToolResult, TextContent
 
 from megatron_matpo.agents.tools import ToolReply, ToolSpec
-from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools.connection import Connection, ConnectionLostError
 from megatron_matpo.mcp_tools.launch import plan_launch

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_matpo.config.rollout import RewardConfig
+from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.rewards.answer import extract_answer
 from megatron_matpo.rewards.graders import grader
 from megatron_matpo.types import Reward, Trajectory

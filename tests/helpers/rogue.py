@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools.pool import McpToolBox
 

@@ -14,7 +14,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from megatron_matpo.agents.grammar import CALL_EXAMPLE
 from megatron_matpo.agents.tools import ToolReply, ToolSpec
 from megatron_matpo.config.agents import AgentConfig
-from megatron_matpo.config.rollout import DataConfig, RewardConfig, RolloutConfig
+from megatron_matpo.config.data import DataConfig
+from megatron_matpo.config.reward import RewardConfig
+from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.run import ObsConfig, RunConfig
 from megatron_matpo.data.chat import Chat
@@ -210,8 +212,12 @@ def make_config(run_dir: str = "runs", **rollout: Any) -> Config:
         data=DataConfig(prompts_per_step=2, samples_per_prompt=2, eval_prompts=3),
         rollout=RolloutConfig(**{"planner": "planner", "context_length": 4000} | rollout),
         agents={
-            "planner": AgentConfig(role="planner", tools=["browser"], max_turns=4),
-            "browser": AgentConfig(role="worker", tools=["web"], max_turns=3),
+            "planner": AgentConfig(
+                role="planner", tools=["browser"], max_turns=4, final_summary="never"
+            ),
+            "browser": AgentConfig(
+                role="worker", tools=["web"], max_turns=3, final_summary="never"
+            ),
         },
         reward=RewardConfig(),
         obs=ObsConfig(record_rollouts=False),

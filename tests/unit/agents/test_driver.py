@@ -32,10 +32,10 @@ from tests.helpers.rollouts import (
 
 ENDS = {CHATML: "<|im_end|>", THINKING: "<|im_end|>", LLAMA3: "<|eot_id|>", MISTRAL: "</s>"}
 AGENTS = {
-    "planner": AgentConfig(role="planner", tools=["browser"], max_turns=4),
-    "browser": AgentConfig(role="worker", tools=["web"], max_turns=3),
+    "planner": AgentConfig(role="planner", tools=["browser"], max_turns=4, final_summary="never"),
+    "browser": AgentConfig(role="worker", tools=["web"], max_turns=3, final_summary="never"),
 }
-SINGLE = {"planner": AgentConfig(role="planner", tools=["web"], max_turns=4)}
+SINGLE = {"planner": AgentConfig(role="planner", tools=["web"], max_turns=4, final_summary="never")}
 LIMITS = EpisodeLimits(context_tokens=6000, timeout_s=5.0, report_max_chars=200)
 TASK = 'Who is "Bob"? {subtask} Box it.'
 
@@ -199,7 +199,7 @@ def test_allow_lists_hold_in_prompt_and_execution() -> None:
 
 
 def test_allow_list_names_must_exist() -> None:
-    agents = {"planner": AgentConfig(role="planner", tools=["webb"])}
+    agents = {"planner": AgentConfig(role="planner", tools=["webb"], final_summary="never")}
     with pytest.raises(ConfigError, match=r"agents\.planner\.tools=webb.*known: calc, web"):
         make_roster(agents, "planner", FakeToolBox().specs())
     with pytest.raises(ConfigError, match=r"rollout\.planner=boss"):

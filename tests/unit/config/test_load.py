@@ -148,7 +148,7 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
         ("algo.old_logprobs=x", "expected one of trainer, engine"),
         ("obs.wandb_mode=x", "expected one of auto, online, offline, disabled"),
         ("agents.a.role=boss", "expected one of planner, worker"),
-        ("agents.a.final_summary=x", "expected one of always, on_overflow, never"),
+        ("agents.a.final_summary=x", "expected one of auto, always, on_overflow, never"),
         ("run.steps=0", "must be at least 1"),
         ("parallel.tensor=0", "must be at least 1"),
         ("rollout.temperature=0", "must be greater than 0"),

@@ -12,8 +12,9 @@ from dataclasses import replace
 import pytest
 
 from megatron_matpo.config import Config
-from megatron_matpo.config.agents import AgentConfig, McpServerConfig, ToolsConfig
+from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.run import ClusterConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
 from megatron_matpo.config.validate import collect_violations, collect_warnings
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 import pytest
 
 from megatron_matpo.config import Config
-from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
 from megatron_matpo.config.plan import make_plan
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.launch.roles import (
     RoleSpec,

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_matpo.agents.tools import ToolReply
-from megatron_matpo.config.agents import McpServerConfig
+from megatron_matpo.config.tools import McpServerConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools import process
 from megatron_matpo.mcp_tools.pool import McpToolBox, cut_text

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools import process
 from megatron_matpo.mcp_tools.pool import McpToolBox
@@ -120,7 +120,7 @@ def test_close_ends_calls_in_flight_and_leaves_no_file_handle(tmp_path: Path) ->
 
 CLIENT = """
 import asyncio, sys
-from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.mcp_tools.pool import McpToolBox
 
 async def main():

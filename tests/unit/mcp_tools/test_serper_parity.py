@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_matpo.config.agents import McpServerConfig, ToolsConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools.corpus_server import TOOLS
 from megatron_matpo.mcp_tools.pool import McpToolBox

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_matpo.config.rollout import RewardConfig
+from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.rewards.answer import extract_answer
 from megatron_matpo.rewards.combine import Scorer, combine, episode_format

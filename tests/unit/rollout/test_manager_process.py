@@ -25,9 +25,10 @@ from aiohttp.test_utils import unused_port
 
 from megatron_matpo import wire
 from megatron_matpo.config import Config, dump_config
-from megatron_matpo.config.agents import AgentConfig, McpServerConfig, ToolsConfig
+from megatron_matpo.config.agents import AgentConfig
+from megatron_matpo.config.data import DataConfig
 from megatron_matpo.config.plan import EnginePlace, Plan
-from megatron_matpo.config.rollout import DataConfig
+from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
 from tests.helpers.rollouts import CHATML, byte_tokenizer, call, make_config, make_tokenizer
 from tests.unit.data.test_dataset import row, write
@@ -70,8 +71,10 @@ def _config(folder: Path) -> Config:
         data=DataConfig(train=data, eval=data, prompts_per_step=2, samples_per_prompt=2),
         tools=ToolsConfig(servers={SERVER: server}),
         agents={
-            "main_agent": AgentConfig(role="planner", tools=["browsing_agent"]),
-            "browsing_agent": AgentConfig(role="worker", tools=[SERVER]),
+            "main_agent": AgentConfig(
+                role="planner", tools=["browsing_agent"], final_summary="never"
+            ),
+            "browsing_agent": AgentConfig(role="worker", tools=[SERVER], final_summary="never"),
         },
     )
 

@@ -1,0 +1,12 @@
+"""Violations in the section `algo` and in `compat`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_matpo.config.root import Config
+
+
+def check_algo(config: Config) -> Iterator[str]:
+    """Violations that the configuration alone shows."""
+    yield from ()

@@ -1,0 +1,12 @@
+"""Violations in the section `reward`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_matpo.config.root import Config
+
+
+def check_reward(config: Config) -> Iterator[str]:
+    """Violations that the configuration alone shows."""
+    yield from ()

@@ -40,6 +40,18 @@ class ToolError(MatpoError, RuntimeError):
     """A tool server could not be started, reached, or broke its protocol (infrastructure)."""
 
 
+class CacheMissError(ToolError):
+    """Offline replay, and the cache has no reply to a request; names the request and the file."""
+
+
+class JudgeError(MatpoError, RuntimeError):
+    """The judge gave no verdict (infrastructure); never a reward of 0."""
+
+
+class JudgeRefusedError(JudgeError):
+    """The judge will refuse every request: its key, its model or its address is wrong."""
+
+
 class RolloutError(MatpoError, RuntimeError):
     """A whole step's rollout cannot be completed; the message counts the reasons."""
 

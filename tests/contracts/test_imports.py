@@ -17,7 +17,19 @@ PACKAGE = "megatron_matpo"
 
 # Each may import itself and what comes before it, except for BANNED.
 ORDER = [
-    *("types", "errors", "wire", "config", "obs", "algo", "data", "agents", "mcp_tools", "rewards"),
+    *(
+        "types",
+        "errors",
+        "wire",
+        "config",
+        "cache",
+        "obs",
+        "algo",
+        "data",
+        "agents",
+        "mcp_tools",
+        "rewards",
+    ),
     *("rollout", "megatron", "weight_sync", "trainer", "launch", "__main__"),
 ]
 BANNED = {

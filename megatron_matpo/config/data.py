@@ -13,12 +13,6 @@ class DataConfig:
     """Where configs of MATPO-data are looked up by name, as in FOLDER/matpo_train_musique."""
     train: str = ""
     """Parquet file, a folder of them, or the name of a config in `data.folder`."""
-    eval: str = ""
-    """Parquet file or folder; empty: no evaluation."""
-    eval_every: int = 0
-    """Steps between evaluations; 0: none."""
-    eval_prompts: int = 64
-    """Rows of `data.eval` that one evaluation asks, from the first."""
     prompts_per_step: int = 8
     samples_per_prompt: int = 8
     """Episodes per question: the GRPO group."""

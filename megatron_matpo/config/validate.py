@@ -18,6 +18,7 @@ from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate_agents import check_agent, check_planner
 from megatron_matpo.config.validate_algo import check_algo
 from megatron_matpo.config.validate_data import check_data
+from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_reward import check_reward
 from megatron_matpo.config.validate_tools import check_tools
 from megatron_matpo.errors import ConfigError
@@ -47,10 +48,14 @@ _AT_LEAST: dict[str, float] = {
     "parallel.context": 1,
     "parallel.expert": 1,
     "parallel.data": 1,
-    "data.eval_every": 0,
-    "data.eval_prompts": 1,
     "data.prompts_per_step": 1,
     "data.samples_per_prompt": 1,
+    "eval.every": 0,
+    "eval.max_rows": 0,
+    "eval.samples_per_row": 1,
+    "eval.chunk_rows": 1,
+    "eval.chunks_in_flight": 1,
+    "eval.num_resamples": 100,
     "rollout.num_servers": 1,
     "rollout.tensor": 1,
     "rollout.max_staleness": 0,
@@ -95,6 +100,7 @@ _BETWEEN: dict[str, tuple[float | None, float]] = {
     "rollout.top_p": (None, 1.0),
     "rollout.mem_fraction": (None, 1.0),
     "rollout.max_failed_frac": (0.0, 1.0),
+    "eval.confidence": (0.5, 0.999),
     # torch's AdamW refuses exactly 1.
     "optim.beta1": (0.0, 0.999999),
     "optim.beta2": (0.0, 0.999999),
@@ -121,7 +127,7 @@ def check_values(config: Config) -> list[str]:
     ]
     for name, agent in config.agents.items():
         problems += check_agent(name, agent)
-    for check in (check_tools, check_reward, check_algo, check_data):
+    for check in (check_tools, check_reward, check_algo, check_data, check_eval):
         problems += check(config)
     return problems
 

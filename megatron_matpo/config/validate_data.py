@@ -1,4 +1,4 @@
-"""Violations in the sections `data` and `eval`."""
+"""Violations in the section `data`."""
 
 from __future__ import annotations
 

@@ -31,13 +31,8 @@ def machine_violations(config: Config, command: Command) -> list[str]:
     problems: list[str] = []
     if command == "train" and not config.rollout.replay:
         problems += _dataset_violations(config, "data.train", config.data.train)
-        if config.data.eval:
-            problems += _dataset_violations(config, "data.eval", config.data.eval)
-    if config.data.eval_every > 0 and not config.data.eval:
-        problems.append(
-            f"data.eval_every={config.data.eval_every}: evaluation needs data.eval, a parquet file "
-            "or folder"
-        )
+        if config.eval.is_wanted:
+            problems += _eval_set_violations(config)
     if command == "train" and config.rollout.replay:
         problems += _recording_violations(config)
     if command == "sft":
@@ -51,12 +46,12 @@ def machine_violations(config: Config, command: Command) -> list[str]:
 def _dataset_violations(config: Config, key: str, value: str) -> list[str]:
     """Every row has the shape that a rollout needs, and offers only tools that the planner has."""
     if not value:
-        return [f"{key}=: expected a parquet file, or a folder of them"]
+        return [f"{key}=: expected a parquet file, a folder of them, or a name in data.folder"]
     from megatron_matpo.data.dataset import check_servers, read_questions
 
     where = f"{key}={value}"
     try:
-        questions = read_questions(value)
+        questions = read_questions(value, config.data.folder)
     except DataError as error:
         return [f"{where}: {error}"]
     planner = config.agents.get(config.rollout.planner)
@@ -67,6 +62,16 @@ def _dataset_violations(config: Config, key: str, value: str) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def _eval_set_violations(config: Config) -> list[str]:
+    if not config.eval.sets:
+        return ["eval.sets=[]: evaluation needs at least one parquet file, folder or config"]
+    return [
+        problem
+        for entry in config.eval.sets
+        for problem in _dataset_violations(config, "eval.sets", entry)
+    ]
 
 
 def _conversation_violations(config: Config) -> list[str]:

@@ -39,7 +39,7 @@ CHANGEABLE = (
     "cluster.base_port",
     "checkpoint.*",
     "obs.*",
-    "data.eval*",
+    "eval.*",
     "rollout.python",
     "rollout.num_servers",
     "rollout.tensor",

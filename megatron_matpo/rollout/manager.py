@@ -20,6 +20,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from megatron_matpo.config import Config, load_resolved
+from megatron_matpo.config.evaluation import TRAIN_SPLIT
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.data.chat import Chat
 from megatron_matpo.data.dataset import Question, check_servers, read_questions
@@ -59,7 +60,8 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
         router = await _connect(config, plan, engine_key, chat, stack)
         manager = RolloutManager(config, router.sampler, tools, chat, questions)
         stack.push_async_callback(server.close)  # requests end before what they use
-        detail = f"{len(questions['train'])} questions, {router.num_engines} engines"
+        num_questions = sum(map(len, questions.values()))
+        detail = f"{num_questions} questions, {router.num_engines} engines"
         server.set_ready(manager, detail)
         _log.info("ready: %s", detail)
         await asyncio.Event().wait()
@@ -90,14 +92,19 @@ async def _connect(
 
 
 def load_questions(config: Config) -> dict[str, list[Question]]:
-    """Rows of both splits, checked against what the planner may call."""
-    questions = {"train": read_questions(config.data.train)}
-    if config.data.eval:
-        questions["eval"] = read_questions(config.data.eval)
+    """Rows by split (see `RolloutManager`), checked against what the planner may call.
+
+    `matpo eval` leaves `data.train` empty; training that never evaluates does not read `eval.sets`.
+    """
+    sources = {TRAIN_SPLIT: config.data.train} if config.data.train else {}
+    if config.eval.is_wanted or not config.data.train:
+        sources |= config.eval.named_sets
+    folder = config.data.folder
+    questions = {split: read_questions(source, folder) for split, source in sources.items()}
     planner = config.agents[config.rollout.planner]
     if not planner.system_prompt:
         for split, rows in questions.items():
-            check_servers(rows, planner.tools, f"data.{split}={getattr(config.data, split)}")
+            check_servers(rows, planner.tools, f"{split} ({sources[split]})")
     return questions
 
 

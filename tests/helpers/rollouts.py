@@ -15,6 +15,7 @@ from megatron_matpo.agents.grammar import CALL_EXAMPLE
 from megatron_matpo.agents.tools import ToolReply, ToolSpec
 from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.data import DataConfig
+from megatron_matpo.config.evaluation import EvalConfig
 from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.config.root import Config
@@ -209,7 +210,8 @@ def make_config(run_dir: str = "runs", **rollout: Any) -> Config:
     """Planner `planner` with worker `browser`, which has the server `web`."""
     return Config(
         run=RunConfig(name="test", dir=run_dir),
-        data=DataConfig(prompts_per_step=2, samples_per_prompt=2, eval_prompts=3),
+        data=DataConfig(prompts_per_step=2, samples_per_prompt=2),
+        eval=EvalConfig(max_rows=3),
         rollout=RolloutConfig(**{"planner": "planner", "context_length": 4000} | rollout),
         agents={
             "planner": AgentConfig(

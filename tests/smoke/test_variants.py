@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.smoke, pytest.mark.timeout(600)]
 SINGLE_AGENT = (
     "rollout.planner=single_agent",
     "data.train=examples/smallworld/data/single_agent_train.parquet",
-    "data.eval=examples/smallworld/data/single_agent_eval.parquet",
+    "eval.sets=[examples/smallworld/data/single_agent_eval.parquet]",
 )
 
 
@@ -35,12 +35,12 @@ def test_pipeline_parallel(tmp_path):
 
 
 def test_two_servers_and_two_updates_with_evaluation(tmp_path):
-    overrides = ["rollout.num_servers=2", "algo.updates_per_step=2", "data.eval_every=2"]
-    lines, _ = train(tmp_path, *overrides, "data.eval_prompts=4")
+    overrides = ["rollout.num_servers=2", "algo.updates_per_step=2", "eval.every=2"]
+    lines, _ = train(tmp_path, *overrides, "eval.max_rows=4")
     assert (tmp_path / "variant" / "logs" / "engine-1.log").exists()
     assert [line["optim/updates"] for line in lines] == [2, 2]
-    assert "eval/reward/accuracy" in lines[1]
-    assert "eval/reward/accuracy" not in lines[0]
+    assert "eval/matpo_eval/mean@1" in lines[1]
+    assert "eval/matpo_eval/mean@1" not in lines[0]
 
 
 def test_single_agent(tmp_path):

@@ -102,7 +102,7 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
         "run.steps=5",
         "run.steps=6",
         "run.name=2024",
-        "data.eval=",
+        "data.folder=",
         "agents.a.user_template=a=b",
     ]
     config = load_recipe(recipe, overrides)
@@ -112,7 +112,7 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
     assert config.optim.lr == 1e-4
     assert config.reward.gate_format is True
     assert config.rollout.engine_args == []
-    assert (config.run.steps, config.run.name, config.data.eval) == (6, "2024", "")
+    assert (config.run.steps, config.run.name, config.data.folder) == (6, "2024", "")
 
 
 @pytest.mark.parametrize(

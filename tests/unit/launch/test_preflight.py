@@ -122,8 +122,8 @@ def test_a_dataset_for_another_mode_is_refused(recipe, tmp_path):
 
 
 def test_evaluation_needs_questions(recipe):
-    (line,) = problems_of(recipe, "data.eval_every=5")
-    assert line.startswith("data.eval_every=5: evaluation needs data.eval")
+    (line,) = problems_of(recipe, "eval.every=5")
+    assert line.startswith("eval.sets=[]: evaluation needs at least one")
 
 
 def test_sft_needs_its_conversations_only(recipe):

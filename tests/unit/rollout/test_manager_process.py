@@ -68,7 +68,7 @@ def _config(folder: Path) -> Config:
     return replace(
         base,
         model=ModelConfig(path=str(model)),
-        data=DataConfig(train=data, eval=data, prompts_per_step=2, samples_per_prompt=2),
+        data=DataConfig(train=data, prompts_per_step=2, samples_per_prompt=2),
         tools=ToolsConfig(servers={SERVER: server}),
         agents={
             "main_agent": AgentConfig(

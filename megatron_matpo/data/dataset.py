@@ -2,26 +2,26 @@
 
 Source: MATPO original, the dataset card of `veggiebird/MATPO-data` and `verl/utils/dataset`. Both
 families of `extra_info` are read (MuSiQue/GAIA with an integer `index`, FRAMES/WebWalkerQA with a
-string one); of the columns only those that a rollout needs are loaded. Differs: no row is dropped
-silently, neither for its length nor as the remainder of an epoch.
+string one); of the columns only what a rollout or an evaluation needs is kept. Differs: no row is
+dropped silently, neither for its length nor as the remainder of an epoch.
 """
 
 from __future__ import annotations
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
-# (`pyarrow` has no type information.)
+import hashlib
 import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from megatron_matpo.data.locate import find_files
+from megatron_matpo.data.rows import Problem, core_problems, read_rows
 from megatron_matpo.errors import ConfigError, DataError
 
-_COLUMNS = ("prompt", "data_source", "reward_model", "extra_info")
+_COPIES = re.compile(r"_repeat_?\d+\Z")
 _SERVER_MARK = re.compile(r"^## Server name: (\S+)\s*$", re.MULTILINE)
 
 
@@ -37,16 +37,46 @@ class Question:
     """The bare question, for graders and records."""
     ground_truth: str
     data_source: str
+    row: int = 0
+    """Within the data set, over all its files, from 0."""
+    level: str = ""
+    """For breakdowns: GAIA's and FRAMES' `level`, WebWalkerQA's `difficulty_level`."""
+    question_type: str = ""
+    """For breakdowns: FRAMES' `reasoning_types`, WebWalkerQA's `type`, MuSiQue's hops."""
+
+    @property
+    def key(self) -> str:
+        """Equal for the copies of one question (`..._repeat_8`), whatever their system prompts."""
+        text = f"{self.data_source}\0{self.user}".encode(errors="surrogatepass")
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+    @property
+    def set_name(self) -> str:
+        """`data_source` as metrics show it: `gaia_text_103_test_repeat8` without its copies.
+
+        Source: MATPO original, `ray_trainer.py:780`, which renames this one; here every name that
+        ends so.
+        """
+        return _COPIES.sub("", self.data_source)
 
 
-def read_questions(path: str | Path) -> list[Question]:
-    """All rows of a parquet file, or of a folder's parquet files in the order of their names.
+def read_questions(source: str | Path, folder: str | Path = "") -> list[Question]:
+    """All rows of a data set: a name in `folder`, a parquet file, or a folder of them.
 
     Raises:
-        DataError: no such file, a missing column, or a row that does not have the expected shape;
-            names file, row (from 0, within the file), field, what was found and what was expected.
+        DataError: no such data set, a missing column, or a row that does not have the expected
+            shape; names file, row (from 0, within the file), field, what was found and what was
+            expected. `matpo data check` lists all such rows.
     """
-    return [question for file in _files(Path(path)) for question in _read_file(file)]
+    questions: list[Question] = []
+    systems: dict[str, str] = {}  # thousands of rows share a prompt of 5,000 characters
+    for file in find_files(source, folder):
+        for index, row in read_rows(file, _refuse, optional=("level",)):
+            for field, text in core_problems(row):
+                _refuse(Problem(str(file), index, field, text))
+            system = row["prompt"][0]["content"]
+            questions.append(_question(row, len(questions), systems.setdefault(system, system)))
+    return questions
 
 
 def check_servers(questions: Sequence[Question], allowed: Collection[str], source: str) -> None:
@@ -69,19 +99,19 @@ def check_servers(questions: Sequence[Question], allowed: Collection[str], sourc
             )
 
 
-def prompts_for_step(num_rows: int, prompts_per_step: int, seed: int, step: int) -> list[int]:
-    """Row indices that training step `step` (from 1) asks; a pure function, hence resumable.
+def prompts_from(num_rows: int, count: int, seed: int, position: int) -> list[int]:
+    """Row indices of the next `count` questions after `position` earlier ones; a pure function.
 
     The rows of epoch 0, 1, ... are one stream that the steps cut: each epoch is a permutation of
     all rows, and no row comes twice within it. A step may hold the end of one epoch and the
-    beginning of the next.
+    beginning of the next. The position is in every checkpoint, so a resumed run asks what an
+    uninterrupted one would have asked.
     """
-    if num_rows < 1 or step < 1:
-        raise ValueError(f"expected num_rows >= 1 and step >= 1, got {num_rows} and {step}")
-    first = (step - 1) * prompts_per_step
+    if num_rows < 1 or position < 0:
+        raise ValueError(f"expected num_rows >= 1 and position >= 0, got {num_rows} and {position}")
     return [
-        _epoch_order(num_rows, seed, position // num_rows)[position % num_rows]
-        for position in range(first, first + prompts_per_step)
+        _epoch_order(num_rows, seed, place // num_rows)[place % num_rows]
+        for place in range(position, position + count)
     ]
 
 
@@ -92,61 +122,28 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-def _files(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-        if not files:
-            raise DataError(f"{path}: the folder has no *.parquet file")
-        return files
-    if not path.is_file():
-        raise DataError(f"{path}: no such file or folder")
-    return [path]
+def _refuse(problem: Problem) -> None:
+    raise DataError(str(problem))
 
 
-def _read_file(file: Path) -> list[Question]:
-    import pyarrow as pa  # on first use: 0.1 s that a replay does not need
-    import pyarrow.parquet as pq
-
-    try:
-        names = pq.read_schema(file).names
-        missing = [name for name in _COLUMNS if name not in names]
-        if missing:
-            raise DataError(
-                f"{file}: the columns {', '.join(missing)} are missing; it has {', '.join(names)}"
-            )
-        rows = pq.read_table(file, columns=list(_COLUMNS)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a parquet file that can be read ({error})") from error
-    if not rows:
-        raise DataError(f"{file}: has no rows")
-    return [_question(row, f"{file}: row {index}") for index, row in enumerate(rows)]
-
-
-def _question(row: dict[str, Any], where: str) -> Question:
-    prompt = row["prompt"]
-    if not isinstance(prompt, list) or len(prompt) != 2:
-        got = f"{len(prompt)} messages" if isinstance(prompt, list) else type(prompt).__name__
-        raise DataError(f"{where}: prompt: expected two messages, system and user, got {got}")
-    for index, role in enumerate(("system", "user")):
-        got = _text(prompt[index], "role", f"{where}: prompt[{index}]")
-        if got != role:
-            raise DataError(f"{where}: prompt[{index}].role: expected {role!r}, got {got!r}")
+def _question(row: dict[str, Any], position: int, system: str) -> Question:
+    """A checked row."""
+    extra = cast("dict[str, Any]", row["extra_info"])
+    metadata = cast("dict[str, Any]", extra.get("metadata") or {})
     return Question(
-        system=_text(prompt[0], "content", f"{where}: prompt[0]"),
-        user=_text(prompt[1], "content", f"{where}: prompt[1]"),
-        question=_text(row["extra_info"], "question", f"{where}: extra_info"),
-        ground_truth=_text(row["reward_model"], "ground_truth", f"{where}: reward_model"),
-        data_source=_text(row, "data_source", where),
+        system=system,
+        user=row["prompt"][1]["content"],
+        question=extra["question"],
+        ground_truth=row["reward_model"]["ground_truth"],
+        data_source=row["data_source"],
+        row=position,
+        level=_label(row.get("level"), metadata.get("difficulty_level"), metadata.get("level")),
+        question_type=_label(
+            metadata.get("reasoning_types"), metadata.get("type"), extra.get("question_type")
+        ),
     )
 
 
-def _text(record: Any, name: str, where: str) -> str:
-    """The non-empty text `record[name]`."""
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: expected a record with {name!r}, got {type(record).__name__}")
-    if name not in record:
-        raise DataError(f"{where}: the field {name!r} is missing; it has {', '.join(record)}")
-    value = record[name]
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{where}: {name}: expected a non-empty text, got {value!r}"[:1000])
-    return value
+def _label(*values: object) -> str:
+    """The first value that is there, as text."""
+    return next((str(value) for value in values if value is not None and value != ""), "")

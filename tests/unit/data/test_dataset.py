@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_matpo.data.dataset import check_servers, prompts_for_step, read_questions
+from megatron_matpo.data.dataset import check_servers, prompts_from, read_questions
 from megatron_matpo.errors import ConfigError, DataError
 
 SYSTEM = "Plan.\n## Server name: browsing_agent\n### Tool name: search_and_browse\n"
@@ -59,10 +59,10 @@ SWAPPED = [{"content": "x", "role": "user"}, {"content": "y", "role": "system"}]
         ({"prompt": SWAPPED}, r"row 1: prompt\[0\]\.role: expected 'system', got 'user'"),
         ({"prompt": SWAPPED[:1]}, "row 1: prompt: expected two messages.*got 1 messages"),
         ({"prompt": None}, "row 1: prompt: expected two messages.*NoneType"),
-        ({"reward_model": {"ground_truth": None}}, "row 1: reward_model: ground_truth: expected"),
+        ({"reward_model": {"ground_truth": None}}, r"row 1: reward_model\.ground_truth: expected"),
         ({"reward_model": None}, "row 1: reward_model: expected a record with 'ground_truth'"),
         ({"data_source": " "}, "row 1: data_source: expected a non-empty text, got ' '"),
-        ({"extra_info": {"question": ""}}, "row 1: extra_info: question: expected"),
+        ({"extra_info": {"question": ""}}, r"row 1: extra_info\.question: expected"),
     ],
 )
 def test_wrong_rows_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -86,7 +86,7 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     ):
         read_questions(path)
     numbers = row() | {"extra_info": {"answer": "Ada"}}
-    with pytest.raises(DataError, match="row 0: extra_info: the field 'question' is missing"):
+    with pytest.raises(DataError, match=r"row 0: extra_info\.question: the field is missing"):
         read_questions(write(path, [numbers]))
 
 
@@ -99,17 +99,26 @@ def test_a_data_set_for_the_other_mode_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("rows", "per_step"), [(10, 4), (12, 4), (3, 8), (1, 1)])
 def test_every_epoch_is_a_permutation(rows: int, per_step: int) -> None:
-    stream = [index for step in range(1, 31) for index in prompts_for_step(rows, per_step, 5, step)]
+    stream = [i for step in range(30) for i in prompts_from(rows, per_step, 5, step * per_step)]
     assert len(stream) == 30 * per_step
     for start in range(0, len(stream) - rows + 1, rows):
         assert Counter(stream[start : start + rows]) == Counter(range(rows))
 
 
-def test_order_depends_on_seed_and_step_only() -> None:
-    one = [prompts_for_step(100, 8, 1, step) for step in range(1, 40)]
-    assert one[20] == prompts_for_step(100, 8, 1, 21)  # resuming needs nothing but the step
-    assert one != [prompts_for_step(100, 8, 2, step) for step in range(1, 40)]
+def test_epochs_meet_without_a_gap_or_a_repetition() -> None:
+    """The step that ends one epoch begins the next, and the epochs differ in order."""
+    first, second = prompts_from(10, 10, 1, 0), prompts_from(10, 10, 1, 10)
+    assert first != second
+    assert prompts_from(10, 6, 1, 7) == first[7:] + second[:3]
+
+
+def test_order_depends_on_seed_and_position_only() -> None:
+    one = [prompts_from(100, 8, 1, 8 * step) for step in range(40)]
+    assert one[20] == prompts_from(100, 8, 1, 160)  # resuming needs nothing but the position
+    # Steps of other sizes cut the same stream, as when a step asked replacements too.
+    assert one[0] + one[1] == prompts_from(100, 5, 1, 0) + prompts_from(100, 11, 1, 5)
+    assert one != [prompts_from(100, 8, 2, 8 * step) for step in range(40)]
     # Pinned: another order would change runs that are resumed.
     assert one[0] == [57, 26, 14, 67, 93, 48, 97, 99]
-    with pytest.raises(ValueError, match="step >= 1"):
-        prompts_for_step(100, 8, 1, 0)
+    with pytest.raises(ValueError, match="position >= 0"):
+        prompts_from(100, 8, 1, -1)

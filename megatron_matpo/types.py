@@ -13,6 +13,8 @@ Letters in shapes: T tokens of one trajectory, M sampled tokens of one turn.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -46,6 +48,8 @@ class Status(StrEnum):
     MAX_TURNS = "max_turns"
     OVERFLOW = "overflow"
     """The context or the per-turn token limit was reached."""
+    TIME_LIMIT = "time_limit"
+    """The agent's own wall clock (`agents.<name>.timeout_s`) was over."""
     INVALID_CALL = "invalid_call"
     """The bound on malformed tool calls was reached."""
     TOOL_FAILURE = "tool_failure"
@@ -77,18 +81,26 @@ class Turn:
 
     For a MODEL turn `logprobs` has one natural-log probability per token under the distribution
     that sampled it and `versions` covers all of its tokens; for other kinds both are empty.
+
+    Ids are kept as an int32 array and log-probs as a float32 one (what engines compute, and what
+    `wire` writes), whatever sequence they are given as: a step holds tens of millions of tokens,
+    and a tuple takes ten times the memory. Compare them as lists.
     """
 
     kind: TurnKind
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     text: str
-    logprobs: tuple[float, ...] = ()
+    logprobs: Sequence[float] = ()
     versions: tuple[VersionSpan, ...] = ()
     finish_reason: str = ""
     """MODEL turns: the engine's `stop` or `length`."""
 
     def __post_init__(self) -> None:
-        """Assert the invariants above; a violation is a bug of ours, not of the user."""
+        """Pack, and assert the invariants above; a violation is a bug of ours."""
+        if not isinstance(self.token_ids, array):
+            object.__setattr__(self, "token_ids", array("i", self.token_ids))
+        if self.logprobs and not isinstance(self.logprobs, array):
+            object.__setattr__(self, "logprobs", array("f", self.logprobs))
         if self.kind is TurnKind.MODEL:
             assert len(self.logprobs) == len(self.token_ids), "one log-prob per sampled token"
             covered = sum(span.num_tokens for span in self.versions)
@@ -178,6 +190,8 @@ class Reward:
     format: float
     """Unweighted, in [0, 1], workers' share included."""
     total: float
+    verdict: str = ""
+    """A value of `rewards.verdict.Verdict`; empty for offline graders and without an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +230,24 @@ class Group:
     row_index: int
     """Row of the dataset file that the question came from."""
     episodes: tuple[Episode, ...]
+    question_key: str = ""
+    """As `data.dataset.Question.key`: equal for all copies of a question in an evaluation set."""
+    level: str = ""
+    question_type: str = ""
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether it can teach: two or more episodes have a reward, and not all the same one."""
+        totals = {item.reward.total for item in self.episodes if item.reward is not None}
+        return len(totals) > 1
+
+
+@dataclass(frozen=True, slots=True)
+class RowAsk:
+    """A row of an evaluation set and how many episodes of it are wanted."""
+
+    row: int
+    num_samples: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +259,9 @@ class RolloutBatch:
     groups: tuple[Group, ...]
     metrics: dict[str, float] = field(default_factory=dict[str, float])
     """Rollout-side metrics of the step, already reduced (names in docs/metrics.md)."""
+    next_position: int = 0
+    """Questions that the run has asked so far, this step's included: where the next step goes on
+    in the data. A step may ask more than it hands over (`rollout.dynamic_sampling`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,3 +281,7 @@ class TrainSample:
     rollout_logprobs: list[float]
     advantage: float
     """The episode's scalar advantage; workers carry their planner's."""
+    advantage_mask: list[int] | None = None
+    """1 where the advantage holds, 0 where it counts as 0; None: everywhere (see `compat`)."""
+    loss_weight: float = 1.0
+    """Of each of its trained tokens, relative to the others of the update (`algo.aggregation`)."""

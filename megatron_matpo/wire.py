@@ -11,6 +11,7 @@ import json
 import struct
 import sys
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from megatron_matpo.types import (
     VersionSpan,
 )
 
-MAGIC = b"MATPOR01"
+MAGIC = b"MATPOR02"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -75,6 +76,7 @@ def encode(batch: RolloutBatch) -> bytes:
             "step": batch.step,
             "policy_version": batch.policy_version,
             "metrics": batch.metrics,
+            "next_position": batch.next_position,
             "num_tokens": len(tokens),
             "num_logprobs": len(logprobs),
             "groups": groups,
@@ -120,11 +122,11 @@ def decode(data: bytes, source: str = "rollout batch") -> RolloutBatch:
         turns: list[Turn] = []
         for item in raw.pop("turns"):
             kind, count = TurnKind(item["kind"]), item["num_tokens"]
-            ids = tuple(tokens[at_token : at_token + count])
+            ids = tokens[at_token : at_token + count]
             at_token += count
-            values: tuple[float, ...] = ()
+            values: Sequence[float] = ()
             if kind is TurnKind.MODEL:
-                values = tuple(logprobs[at_logprob : at_logprob + count])
+                values = logprobs[at_logprob : at_logprob + count]
                 at_logprob += count
             spans = tuple(VersionSpan(*span) for span in item["versions"])
             turns.append(Turn(kind, ids, item["text"], values, spans, item["finish_reason"]))
@@ -147,7 +149,13 @@ def decode(data: bytes, source: str = "rollout batch") -> RolloutBatch:
         Group(episodes=tuple(episode(item) for item in raw.pop("episodes")), **raw)
         for raw in header["groups"]
     )
-    return RolloutBatch(header["step"], header["policy_version"], groups, header["metrics"])
+    return RolloutBatch(
+        header["step"],
+        header["policy_version"],
+        groups,
+        header["metrics"],
+        header["next_position"],
+    )
 
 
 def recording_path(folder: Path, step: int) -> Path:

@@ -6,7 +6,8 @@ Invariants:
 * three failures are told apart: no connection (`EngineUnreachable`), no answer in time
   (`EngineTimeout`), an answer that is an error or not the protocol (`EngineRejected`);
 * nothing is retried here: whoever knows whether a repetition is harmless repeats;
-* no text: `input_ids` go in, sampled ids and their log-probs come out, checked against each other.
+* no text: `input_ids` go in, sampled ids and their log-probs come out, checked against each other;
+* no answer is read past `_MAX_ANSWER_BYTES`, whatever the server sends.
 
 A request that is cancelled or runs into its deadline closes its connection, and SGLang aborts it.
 """
@@ -16,11 +17,13 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import aiohttp
+import orjson
 
 from megatron_matpo.errors import EngineError, EngineRejected, EngineTimeout, EngineUnreachable
 from megatron_matpo.types import VersionSpan
@@ -31,6 +34,8 @@ _POLL_S = 0.25
 _KEEPALIVE_S = 2.0
 _HEALTH_LIMIT_S = 10.0
 _SHOWN_CHARS = 500
+# A sampled token takes about 50 bytes; of a longer answer the rest is not even read.
+_MAX_ANSWER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +57,10 @@ class SamplingParams:
 class Generation:
     """One sampled continuation, as the engine returned it."""
 
-    token_ids: tuple[int, ...]
-    """Sampled tokens, the one that stopped it included."""
-    logprobs: tuple[float, ...]
-    """Natural-log probability of each when it was sampled."""
+    token_ids: array[int]
+    """Sampled tokens (int32), the one that stopped it included."""
+    logprobs: array[float]
+    """Natural-log probability of each (float32) when it was sampled."""
     finish_reason: str
     """`stop`, `length` or `abort`."""
     versions: tuple[VersionSpan, ...]
@@ -81,7 +86,7 @@ class EngineClient:
             EngineRejected: an HTTP error, or an answer that does not account for its tokens.
         """
         body = {
-            "input_ids": list(input_ids),
+            "input_ids": input_ids.tolist() if isinstance(input_ids, array) else list(input_ids),
             "return_logprob": True,
             "sampling_params": {
                 "max_new_tokens": params.max_new_tokens,
@@ -96,7 +101,7 @@ class EngineClient:
         )
         try:
             return _read_generation(answer)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise EngineRejected(
                 f"{self.url}/generate: not a generation ({error!r}): {_shown(answer)}"
             ) from error
@@ -282,13 +287,13 @@ class EngineClient:
         deadline_s: float,
         setting: str = "deadline_s",
     ) -> dict[str, Any]:
-        text = await self._ask(method, path, body, deadline_s, setting)
+        data = await self._ask(method, path, body, deadline_s, setting)
         try:
-            answer = json.loads(text)
+            answer = orjson.loads(data)
         except ValueError as error:
-            raise EngineRejected(f"{self.url}{path}: not JSON: {_shown(text)}") from error
+            raise EngineRejected(f"{self.url}{path}: not JSON: {_shown(data)}") from error
         if not isinstance(answer, dict):
-            raise EngineRejected(f"{self.url}{path}: not a JSON object: {_shown(text)}")
+            raise EngineRejected(f"{self.url}{path}: not a JSON object: {_shown(data)}")
         return answer
 
     async def _ask(
@@ -298,7 +303,7 @@ class EngineClient:
         body: dict[str, Any] | None,
         deadline_s: float,
         setting: str = "deadline_s",
-    ) -> str:
+    ) -> bytes:
         """The body of a 200 answer."""
         if self._session is None:
             # No limit on connections: the manager bounds its requests, and a health check must not
@@ -306,13 +311,20 @@ class EngineClient:
             # Idle connections are dropped before SGLang drops them (5 s): a request on one that is
             # just being closed would fail, and a generation is not sent twice.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                headers=self._headers,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                # Every request carries a whole context: the standard library's encoder would take
+                # a third of the manager's time.
+                json_serialize_bytes=orjson.dumps,
+            )
         started = time.monotonic()
         try:
             async with self._session.request(
                 method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
             ) as response:
-                text = await response.text(errors="replace")
+                data = await self._read(response, path)
         except TimeoutError as error:
             raise EngineTimeout(
                 f"{self.url}{path}: no complete answer after {time.monotonic() - started:.1f} s "
@@ -324,39 +336,55 @@ class EngineClient:
                 f"(after {time.monotonic() - started:.1f} s of {setting}={deadline_s:g})"
             ) from error
         if response.status != 200:
-            raise EngineRejected(f"{self.url}{path}: HTTP {response.status}: {_shown(text)}")
-        return text
+            raise EngineRejected(f"{self.url}{path}: HTTP {response.status}: {_shown(data)}")
+        return data
+
+    async def _read(self, response: aiohttp.ClientResponse, path: str) -> bytes:
+        parts: list[bytes] = []
+        size = 0
+        async for part in response.content.iter_any():
+            parts.append(part)
+            size += len(part)
+            if size > _MAX_ANSWER_BYTES:
+                response.close()  # else leaving the request would read on
+                raise EngineRejected(
+                    f"{self.url}{path}: the answer is longer than {_MAX_ANSWER_BYTES >> 20} MiB"
+                )
+        return b"".join(parts)
 
 
 def _read_generation(answer: dict[str, Any]) -> Generation:
     """Check the answer's parts against each other.
 
     Raises:
-        KeyError, TypeError, ValueError, IndexError: it is something else.
+        KeyError, TypeError, ValueError, IndexError, OverflowError: it is something else.
     """
     meta = answer["meta_info"]
     if not isinstance(meta, dict):
         raise TypeError("meta_info is not an object")
     rows = meta.get("output_token_logprobs") or ()
-    token_ids = tuple(int(token) for token in answer["output_ids"])
-    if [row[1] for row in rows] != list(token_ids):
+    output_ids: list[int] = answer["output_ids"]
+    if [row[1] for row in rows] != output_ids:
         raise ValueError("log-probs are of other tokens than output_ids")
+    if min(output_ids, default=0) < 0:
+        raise ValueError("negative token id")
     # Versions are the numbers that this project's trainer gave; another text is not ours to serve.
     versions = tuple(
         VersionSpan(int(span["version"]), int(span["end"]) - int(span["start"]))
         for span in meta.get("weight_versions") or ()
     )
-    if sum(span.num_tokens for span in versions) != len(token_ids):
+    if sum(span.num_tokens for span in versions) != len(output_ids):
         raise ValueError("weight_versions do not cover output_ids")
     return Generation(
-        token_ids=token_ids,
-        logprobs=tuple(float(row[0]) for row in rows),
+        token_ids=array("i", output_ids),
+        logprobs=array("f", [row[0] for row in rows]),
         finish_reason=str(meta["finish_reason"]["type"]),
         versions=versions,
     )
 
 
-def _shown(answer: object) -> str:
+def _shown(answer: bytes | dict[str, Any]) -> str:
     """As much of an answer as fits an error message."""
-    text = answer if isinstance(answer, str) else json.dumps(answer)
-    return text if len(text) <= _SHOWN_CHARS else text[:_SHOWN_CHARS] + "..."
+    data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+    text = data[:_SHOWN_CHARS].decode(errors="replace")
+    return text if len(data) <= _SHOWN_CHARS else text + "..."

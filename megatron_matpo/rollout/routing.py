@@ -37,7 +37,7 @@ class Engine(Protocol[Params]):
         """Its address, for messages."""
         ...
 
-    async def generate(self, input_ids: list[int], params: Params) -> Sampled:
+    async def generate(self, input_ids: Sequence[int], params: Params) -> Sampled:
         """Continue `input_ids`.
 
         Raises:
@@ -97,7 +97,7 @@ class Router(Generic[Params]):
         return len(self._states)
 
     async def generate(
-        self, index: int, ids: list[int], max_tokens: int, version: PolicyVersion
+        self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion
     ) -> Sampled:
         """One request to one engine, its answer checked.
 
@@ -160,7 +160,7 @@ class StepSampler(Generic[Params]):
                 index = self._router.pick(tried)
                 self._engine_of[conversation_id] = index
             try:
-                return await self._router.generate(index, list(ids), max_tokens, self._version)
+                return await self._router.generate(index, ids, max_tokens, self._version)
             except EngineError as error:
                 tried.append(index)
                 if len(tried) == self._router.num_engines:

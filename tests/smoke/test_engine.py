@@ -184,7 +184,7 @@ def test_greedy_takes_the_most_probable_token(server: Server) -> None:
     params = SamplingParams(max_new_tokens=1, temperature=0.0)
     sampled = with_client(server.url, lambda client: client.generate(prompt, params))
     with torch.no_grad():
-        assert sampled.token_ids == (
+        assert tuple(sampled.token_ids) == (
             int(server.model(torch.tensor([prompt])).logits[0, -1].argmax()),
         )
     assert_agrees(server.model, prompt, sampled)

@@ -73,6 +73,16 @@ class FakeSglang:
             await response.write(b" ")
             await asyncio.sleep(0.02)
 
+    async def floods(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b" " * 2**16)
+        except (ConnectionError, asyncio.CancelledError):
+            self.aborted.set()
+            raise
+
     async def breaks_off(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Length": "1000"})
         await response.prepare(request)
@@ -111,8 +121,8 @@ def test_generation_is_tokens_in_and_tokens_out() -> None:
     async def scenario() -> None:
         async with fake_server() as (fake, client):
             sampled = await client.generate([5, 6], PARAMS)
-            assert sampled.token_ids == (7, 8, 2)
-            assert sampled.logprobs == (-0.5, -1.5, -0.25)
+            assert list(sampled.token_ids) == [7, 8, 2]
+            assert list(sampled.logprobs) == [-0.5, -1.5, -0.25]
             assert sampled.finish_reason == "stop"
             assert sampled.versions == (VersionSpan(3, 1), VersionSpan(4, 2))
             ((method, path, body, key),) = fake.asked
@@ -134,6 +144,10 @@ def test_generation_is_tokens_in_and_tokens_out() -> None:
             {"output_token_logprobs": [[None, 7, None], [-1.5, 8, None], [0, 2, None]]},
             "TypeError",
         ),
+        (
+            {"output_token_logprobs": [[-0.5, 7, None], [-1.5, 8, None], ["-1", 2, None]]},
+            "TypeError",
+        ),
         ({"weight_versions": [{"version": "3", "start": 0, "end": 2}]}, "do not cover"),
         ({"weight_versions": [{"version": "default", "start": 0, "end": 3}]}, "default"),
         ({"finish_reason": None}, "TypeError"),
@@ -149,7 +163,37 @@ def test_an_answer_that_does_not_add_up_is_rejected(change: dict[str, Any], hint
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("text", ["", "<html>", "[1, 2]", "null", "{}", '{"meta_info": 3}'])
+@pytest.mark.parametrize("ids", [[7.5], [2**40], [-1], ["7"], "7", None, [[7]], 7])
+def test_token_ids_that_are_none_are_rejected(ids: Any) -> None:
+    async def scenario() -> None:
+        async with fake_server() as (fake, client):
+            rows = [[-0.5, item, None] for item in ids] if isinstance(ids, list) else []
+            spans = [{"version": "3", "start": 0, "end": len(rows)}]
+            meta = generation(output_token_logprobs=rows, weight_versions=spans)
+            fake.answer = answers(meta | {"output_ids": ids})
+            with pytest.raises(EngineRejected, match="not a generation"):
+                await client.generate([5], PARAMS)
+
+    asyncio.run(scenario())
+
+
+def test_an_endless_answer_is_not_read_to_its_end() -> None:
+    async def scenario() -> None:
+        async with fake_server() as (fake, client):
+            fake.answer = fake.floods
+            with pytest.raises(EngineRejected, match="longer than 16 MiB"):
+                await client.generate([5], PARAMS)
+            await asyncio.wait_for(fake.aborted.wait(), 2)
+            fake.answer = fake.generates
+            assert len((await client.generate([5], PARAMS)).token_ids) == 3
+
+    asyncio.run(scenario())
+
+
+GARBAGE = ["", "<html>", "[1, 2]", "null", "{}", '{"meta_info": 3}', "[" * 100_000]
+
+
+@pytest.mark.parametrize("text", GARBAGE)
 def test_garbage_is_rejected(text: str) -> None:
     async def scenario() -> None:
         async with fake_server() as (fake, client):

@@ -5,6 +5,8 @@ Invariants: role, agent and parent never change; each turn follows the one that 
 
 from __future__ import annotations
 
+import time
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,15 +33,24 @@ class Lineage:
 class Conversation:
     """Turns of one agent."""
 
-    def __init__(self, lineage: Lineage, chat: Chat, system: str) -> None:
-        """Start with the rendered system and user messages."""
+    def __init__(self, lineage: Lineage, chat: Chat, system: str, deadline: float) -> None:
+        """Start with the rendered system and user messages.
+
+        Args:
+            lineage: who this is.
+            chat: the policy's chat rendering.
+            system: system message of the dataset row; empty for workers.
+            deadline: `time.monotonic()` after which the agent makes no further turn.
+        """
         self.lineage = lineage
+        self.deadline = deadline
         self.agent = lineage.agent
         self._chat = chat
         user = self.agent.user_message(lineage.task, lineage.subtask)
         ids, text = chat.initial_ids(self.agent.system_prompt(system), user)
         self.turns: list[Turn] = [Turn(TurnKind.PROMPT, ids, text)]
-        self.ids: list[int] = list(ids)
+        self.ids = array("i", ids)
+        """The whole context; packed, as in `Turn`."""
         self.calls: list[CallRecord] = []
         self.num_model_turns = 0
         self.status: Status | None = None
@@ -50,16 +61,20 @@ class Conversation:
         """The last turn is the model's."""
         return self.turns[-1].kind is TurnKind.MODEL
 
+    @property
+    def is_out_of_time(self) -> bool:
+        """The agent may make no further turn but its summary."""
+        return time.monotonic() >= self.deadline
+
     def append_sampled(self, sampled: Sampled) -> str:
         """Append what the engine returned as it is; return its text without the closing token."""
-        ids = tuple(sampled.token_ids)
-        text = self._chat.decode(ids)
+        text = self._chat.decode(sampled.token_ids)
         self._append(
             Turn(
                 TurnKind.MODEL,
-                ids,
+                sampled.token_ids,
                 text,
-                tuple(sampled.logprobs),
+                sampled.logprobs,
                 tuple(sampled.versions),
                 sampled.finish_reason,
             )
@@ -67,9 +82,9 @@ class Conversation:
         self.num_model_turns += 1
         return self._chat.visible(text)
 
-    def environment(self, replies: Sequence[str]) -> Turn:
-        """The turn that would carry `replies`; `append` it if it fits."""
-        ids, text = self._chat.environment_ids(replies, self.turns[-1].token_ids)
+    def environment(self, messages: Sequence[str]) -> Turn:
+        """The turn that would carry user `messages`; `append_environment` it if it fits."""
+        ids, text = self._chat.environment_ids(messages, self.turns[-1].token_ids)
         return Turn(TurnKind.ENVIRONMENT, ids, text)
 
     def append_environment(self, turn: Turn) -> None:

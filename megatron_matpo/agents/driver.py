@@ -7,44 +7,45 @@ Invariants:
 
 * a trajectory ends with exactly one status; infrastructure failures end the whole episode and are
   never shown to the model;
-* replies are appended whole or not at all: what does not fit ends the trajectory as `overflow`, so
-  that no token stands in a context that the engine could not have seen;
-* workers are numbered in the order of the planner's calls, whatever order they finish in.
+* a context only grows, and only by what the engine then sees;
+* workers are numbered in the order of the planner's calls, whatever order they finish in;
+* an agent's own limits (turns, tokens, context, time, invalid calls) end its trajectory, never the
+  episode's; its time counts from its start to its summary, and a worker's ends with its planner's.
+
+When replies no longer fit, or the agent's time is over, the replies of the last turn are cut to the
+room there is and go into the context together with the request for the final summary: the newest
+evidence is what a summary must not miss. Without a final summary nothing would read them, and they
+are left out.
 
 Source: arXiv:2510.04678 (planner and workers in one policy); MATPO original, `sglang_rollout.py`.
 Differs: calls of one turn, workers included, run concurrently and their replies keep call order;
 a call that cannot be executed gets a reply (bounded by `max_invalid_calls`) instead of ending the
 episode as if it were the answer; on overflow nothing is dropped from the context; a turn cut by
-length is not searched for calls; `final_summary: on_overflow` also covers a spent turn budget.
+length is not searched for calls; `final_summary: on_overflow` also covers spent turns and time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_matpo.agents import prompts
 from megatron_matpo.agents.conversation import Conversation, Lineage
-from megatron_matpo.agents.grammar import (
-    CallOutcome,
-    ParsedCall,
-    parse_calls,
-    refuse_surplus,
-    strip_calls,
-    visible_text,
-)
-from megatron_matpo.agents.roster import Roster
+from megatron_matpo.agents.evidence import fit_replies
+from megatron_matpo.agents.grammar import CallOutcome, ParsedCall, refuse_surplus, visible_text
+from megatron_matpo.agents.roster import Agent, Roster
 from megatron_matpo.agents.sampling import Sampler
-from megatron_matpo.agents.tools import ToolBox
+from megatron_matpo.agents.tools import ToolBox, cut_mark
 from megatron_matpo.data.chat import Chat
 from megatron_matpo.errors import EngineError, ToolError
 from megatron_matpo.types import CallRecord, Role, Status, Trajectory
 
 # Tokens that an engine keeps free behind the last sampled one.
 _SPARE_TOKENS = 1
-_SPENT = (Status.OVERFLOW, Status.MAX_TURNS)
+_SPENT = (Status.OVERFLOW, Status.MAX_TURNS, Status.TIME_LIMIT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +70,20 @@ class EpisodeTree:
     """What the planner's last turn says, thoughts left out; the answer is looked for here."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """How an agent's turns ended."""
+
+    status: Status
+    evidence: tuple[str, ...] = ()
+    """Replies to the last turn that are not in the context."""
+
+
 class Driver:
     """Runs episodes; holds no state of its own between them."""
 
     def __init__(self, roster: Roster, chat: Chat, tools: ToolBox, limits: EpisodeLimits) -> None:
-        """All arguments are shared by all episodes of a run."""
+        """All arguments are shared by all episodes of a run; the roster says how calls look."""
         self._roster = roster
         self._chat = chat
         self._tools = tools
@@ -85,7 +95,7 @@ class Driver:
         Args:
             sampler: the policy, at the version that the step asks for.
             episode_id: unique; trajectories are `ID.p` and `ID.w0`, `ID.w1`, ...
-            system: system message of the dataset row.
+            system: system message of the dataset row; used under `rollout.prompts: dataset`.
             task: user message of the dataset row.
         """
         episode = _Episode(self._roster, self._chat, self._tools, self._limits, sampler, episode_id)
@@ -105,6 +115,7 @@ class _Episode:
         episode_id: str,
     ) -> None:
         self._roster = roster
+        self._grammar = roster.grammar
         self._chat = chat
         self._tools = tools
         self._limits = limits
@@ -114,7 +125,8 @@ class _Episode:
 
     async def run(self, system: str, task: str) -> EpisodeTree:
         lineage = Lineage(f"{self._id}.p", self._roster.planner, task)
-        planner = Conversation(lineage, self._chat, system)
+        deadline = _deadline(self._roster.planner, math.inf)
+        planner = Conversation(lineage, self._chat, system, deadline)
         status, error = await self._run_to_status(planner)
         said = visible_text(planner.last_said(), self._chat.opens_thinking)
         return EpisodeTree(
@@ -143,39 +155,42 @@ class _Episode:
 
     async def _run_agent(self, conversation: Conversation) -> None:
         """Loop, then the final summary if the agent is to write one."""
-        status = await self._loop(conversation)
+        ending = await self._loop(conversation)
         wanted = conversation.agent.final_summary
-        if wanted == "always" or (wanted == "on_overflow" and status in _SPENT):
-            await self._summarise(conversation, status)
-        conversation.status = status
+        if wanted == "always" or (wanted == "on_overflow" and ending.status in _SPENT):
+            await self._summarise(conversation, ending)
+        conversation.status = ending.status
 
-    async def _loop(self, conversation: Conversation) -> Status:
+    async def _loop(self, conversation: Conversation) -> _Ending:
         agent, config = conversation.agent, conversation.agent.config
         num_invalid = 0
         while True:
             room = self._room(conversation)
             if room < 1:
-                return Status.OVERFLOW  # the prompt alone fills the context
+                return _Ending(Status.OVERFLOW)  # the prompt alone fills the context
             max_tokens = min(config.max_tokens_per_turn, room)
             text, is_cut = await self._sample(conversation, max_tokens)
             if is_cut:
-                return Status.OVERFLOW
-            calls = refuse_surplus(
-                parse_calls(text, agent.tools, self._chat.opens_thinking), config.max_calls_per_turn
-            )
+                return _Ending(Status.OVERFLOW)
+            calls = self._grammar.parse(text, agent.tools, self._chat.opens_thinking)
+            calls = refuse_surplus(calls, config.max_calls_per_turn)
             records = _records(conversation, calls)
             conversation.calls.extend(records)
             if not calls:
-                return Status.ANSWERED
+                return _Ending(Status.ANSWERED)
             num_invalid += sum(call.outcome is not CallOutcome.OK for call in calls)
             if num_invalid > config.max_invalid_calls:
-                return Status.INVALID_CALL
+                return _Ending(Status.INVALID_CALL)
             if conversation.num_model_turns >= config.max_turns:
-                return Status.MAX_TURNS
+                return _Ending(Status.MAX_TURNS)
+            if conversation.is_out_of_time:
+                return _Ending(Status.TIME_LIMIT)
             replies = await self._execute(conversation, calls, len(conversation.calls) - len(calls))
-            turn = conversation.environment(replies)
+            if conversation.is_out_of_time:
+                return _Ending(Status.TIME_LIMIT, tuple(replies))
+            turn = conversation.environment(self._grammar.wrap(replies))
             if len(turn.token_ids) >= self._room(conversation):
-                return Status.OVERFLOW
+                return _Ending(Status.OVERFLOW, tuple(replies))
             conversation.append_environment(turn)
 
     def _room(self, conversation: Conversation) -> int:
@@ -183,8 +198,12 @@ class _Episode:
         agent = conversation.agent
         has_summary = agent.final_summary != "never"
         reserve = agent.config.summary_reserve_tokens if has_summary else 0
-        used = len(conversation.ids) + _SPARE_TOKENS + reserve
-        return self._limits.context_tokens - used
+        return self._room_in_all(conversation) - reserve
+
+    def _room_in_all(self, conversation: Conversation) -> int:
+        """Tokens that may still be added, a summary included."""
+        limit = conversation.agent.config.context_length or self._limits.context_tokens
+        return limit - len(conversation.ids) - _SPARE_TOKENS
 
     async def _sample(self, conversation: Conversation, max_tokens: int) -> tuple[str, bool]:
         """Sample one turn: its text, and whether it was cut by length."""
@@ -223,7 +242,8 @@ class _Episode:
             parent_id=parent.lineage.id,
             spawn_turn=parent.num_model_turns,
         )
-        worker = Conversation(lineage, self._chat, system="")
+        deadline = _deadline(lineage.agent, parent.deadline)
+        worker = Conversation(lineage, self._chat, "", deadline)
         self._workers.append(worker)
         return worker
 
@@ -232,7 +252,7 @@ class _Episode:
     ) -> str:
         """The reply to one call; notes worker and duration in the call's record."""
         if call.outcome is not CallOutcome.OK:
-            return prompts.correction(call)
+            return prompts.correction(call, self._grammar)
         start = time.monotonic()
         if worker is None:
             answer = await self._tools.call(call.server, call.tool, call.arguments)
@@ -250,31 +270,54 @@ class _Episode:
     def _report(self, worker: Conversation) -> str:
         """What the planner reads: the worker's last message, without thoughts and calls."""
         said = visible_text(worker.last_said(), self._chat.opens_thinking)
-        report = strip_calls(said)
+        report = self._grammar.without_calls(said)
         if not report:
             return prompts.missing_report(str(worker.status))
         limit = self._limits.report_max_chars
         if len(report) <= limit:
             return report
-        return f"{report[:limit]}\n[... cut: {limit} of {len(report)} characters shown]"
+        return report[:limit] + cut_mark(limit, len(report))
 
-    async def _summarise(self, conversation: Conversation, status: Status) -> None:
-        """One more turn without tools, if the context still has room for it."""
+    async def _summarise(self, conversation: Conversation, ending: _Ending) -> None:
+        """One more turn without tools, if the context still has room for it.
+
+        The turn may use the whole reserve, and `max_tokens_per_turn` where the context has more.
+        """
         if not conversation.is_sampled_last:
             return  # the prompt alone filled the context
-        lineage, is_failed = conversation.lineage, status is not Status.ANSWERED
+        lineage = conversation.lineage
         if conversation.agent.role is Role.PLANNER:
-            request = prompts.planner_summary(lineage.task, is_failed)
+            request = prompts.planner_summary(lineage.task, ending.status)
         else:
-            request = prompts.worker_summary(lineage.task, lineage.subtask, is_failed)
-        turn = conversation.environment([request])
-        used = len(conversation.ids) + len(turn.token_ids) + _SPARE_TOKENS
-        room = self._limits.context_tokens - used
+            request = prompts.worker_summary(lineage.task, lineage.subtask, ending.status)
+        evidence = self._fitting_evidence(conversation, ending.evidence)
+        turn = conversation.environment([*evidence, request])
+        if evidence and len(turn.token_ids) >= self._room_in_all(conversation):
+            turn = conversation.environment([request])  # the request is larger than the reserve
+        config = conversation.agent.config
+        most = max(config.max_tokens_per_turn, config.summary_reserve_tokens)
+        room = self._room_in_all(conversation) - len(turn.token_ids)
         if room < 1:
             return
         conversation.append_environment(turn)
-        limit = conversation.agent.config.max_tokens_per_turn
-        await self._sample(conversation, min(limit, room))
+        await self._sample(conversation, min(most, room))
+
+    def _fitting_evidence(self, conversation: Conversation, replies: Sequence[str]) -> list[str]:
+        """User messages with as much of `replies` as the context takes beside the reserve."""
+        if not replies:
+            return []
+
+        def num_tokens(candidates: Sequence[str]) -> int:
+            return len(conversation.environment(self._grammar.wrap(candidates)).token_ids)
+
+        kept = fit_replies(replies, self._room(conversation), num_tokens, self._chat)
+        return self._grammar.wrap(kept) if kept else []
+
+
+def _deadline(agent: Agent, of_planner: float) -> float:
+    """`time.monotonic()` at which an agent that starts now has used up its time."""
+    own = time.monotonic() + agent.config.timeout_s if agent.config.timeout_s else math.inf
+    return min(own, of_planner)
 
 
 def _records(conversation: Conversation, calls: Sequence[ParsedCall]) -> list[CallRecord]:

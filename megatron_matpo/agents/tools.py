@@ -34,6 +34,11 @@ class ToolReply:
     """The tool itself reported an error (wrong arguments, page not found)."""
 
 
+def cut_mark(num_shown: int, num_chars: int) -> str:
+    """What stands after a text that was cut: the model sees that there was more."""
+    return f"\n[... cut: {num_shown} of {num_chars} characters shown]"
+
+
 class ToolBox(Protocol):
     """All tool servers of a run."""
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_matpo.config.plan import num_ports
+from megatron_matpo.config.reward import GRADERS
 from megatron_matpo.config.root import Config
-from megatron_matpo.config.validate_agents import check_agent, check_planner
-from megatron_matpo.config.validate_algo import check_algo
+from megatron_matpo.config.validate_agents import check_agent, check_agent_limits, check_planner
+from megatron_matpo.config.validate_algo import check_algo, warn_algo
 from megatron_matpo.config.validate_data import check_data
 from megatron_matpo.config.validate_eval import check_eval
-from megatron_matpo.config.validate_reward import check_reward
+from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tools
 from megatron_matpo.errors import ConfigError
 
@@ -30,8 +31,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": ("auto", "fp32", "bf16"),
     "rollout.prompts": ("rendered", "dataset"),
     "rollout.call_format": ("mcp_xml", "tool_call"),
-    "reward.grader": ("exact_match", "f1", "numeric"),
+    "reward.grader": GRADERS,
+    "reward.judge.max_tokens_field": ("max_tokens", "max_completion_tokens"),
     "weight_sync.transport": ("broadcast", "none"),
+    "algo.baseline": ("group_mean", "leave_one_out"),
+    "algo.aggregation": ("token", "trajectory", "episode"),
+    "algo.kl_estimator": ("k1", "k2", "k3"),
+    "algo.tis": ("off", "truncate", "mask"),
     "algo.old_logprobs": ("trainer", "engine"),
     "obs.wandb_mode": ("auto", "online", "offline", "disabled"),
 }
@@ -67,10 +73,18 @@ _AT_LEAST: dict[str, float] = {
     "tools.result_max_chars": 1,
     "reward.accuracy_weight": 0,
     "reward.format_weight": 0,
+    "reward.judge.max_concurrency": 1,
+    "reward.judge.max_attempts": 1,
+    "reward.judge.max_tokens": 1,
+    "reward.judge.backoff_s": 0,
+    "reward.judge.temperature": 0,
+    "rollout.dynamic_sampling_max_rounds": 1,
     "algo.updates_per_step": 1,
     "algo.clip_low": 0,
     "algo.clip_high": 0,
     "algo.dual_clip": 0,
+    "algo.kl_coef": 0,
+    "algo.tis_cap": 1,
     "optim.lr": 0,
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
@@ -91,6 +105,8 @@ _POSITIVE = (
     "rollout.request_timeout_s",
     "rollout.episode_timeout_s",
     "rollout.step_timeout_s",
+    "reward.judge.timeout_s",
+    "reward.judge.deadline_s",
     "optim.eps",
     "train.timeout_s",
     "weight_sync.timeout_s",
@@ -141,8 +157,9 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
     if command == "train":
         problems += _check_train(config)
         if not config.rollout.replay:
-            problems += [*check_planner(config), *_check_rollout(config)]
-            problems += _check_programs(config)
+            problems += [*check_planner(config), *check_agent_limits(config)]
+            problems += _check_rollout(config)
+            problems += [*_check_programs(config), *check_judge_key(config)]
     return problems
 
 
@@ -158,6 +175,8 @@ def collect_warnings(config: Config, *, command: Command) -> list[str]:
         warnings.append("algo.advantage_scale=0: control experiment, nothing is learnt")
     if command == "train" and config.weight_sync.transport == "none":
         warnings.append("weight_sync.transport=none: control experiment, engines stay at version 0")
+    if command == "train":
+        warnings += warn_algo(config)
     return warnings
 
 
@@ -241,19 +260,6 @@ def _check_parallel(config: Config) -> Iterator[str]:
 
 def _check_rollout(config: Config) -> Iterator[str]:
     rollout = config.rollout
-    for name, agent in config.agents.items():
-        if agent.max_tokens_per_turn >= rollout.context_length:
-            yield (
-                f"agents.{name}.max_tokens_per_turn={agent.max_tokens_per_turn}: must be less than "
-                f"rollout.context_length={rollout.context_length}"
-            )
-        if agent.final_summary != "never" and (
-            agent.summary_reserve_tokens >= rollout.context_length
-        ):
-            yield (
-                f"agents.{name}.summary_reserve_tokens={agent.summary_reserve_tokens}: must be "
-                f"less than rollout.context_length={rollout.context_length}"
-            )
     if 0 < rollout.max_total_tokens < rollout.context_length:
         yield (
             f"rollout.max_total_tokens={rollout.max_total_tokens}: must be 0 or at least "

@@ -31,6 +31,10 @@ _LONGER_HISTORY: tuple[Message, ...] = (
 )
 _INITIAL_CACHE_SIZE = 256
 _BREAK = "\u200b"  # zero-width space
+# Part of what a turn says, even where a tokenizer counts them among its special tokens.
+_MARKUP = frozenset(
+    f"<{slash}{name}>" for name in ("think", "tool_call", "tool_response") for slash in ("", "/")
+)
 
 
 class Chat:
@@ -44,7 +48,8 @@ class Chat:
                 message says what the template does.
         """
         self._tokenizer = tokenizer
-        specials = sorted(tokenizer.special_ids.values(), key=len, reverse=True)
+        controls = set(tokenizer.special_ids.values()) - _MARKUP
+        specials = sorted(controls, key=len, reverse=True)
         pattern = "|".join(map(re.escape, specials))
         self._special = re.compile(pattern) if specials else None
         self._closing = re.compile(f"(?:{pattern})+\\Z") if specials else None
@@ -91,6 +96,14 @@ class Chat:
         """Text of a sampled turn, the closing token included."""
         return self._tokenizer.decode(ids)
 
+    def num_tokens(self, text: str) -> int:
+        """Length of a text from outside, as it would stand in a message."""
+        return len(self._tokenizer.encode(self._defuse(text)))
+
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The beginning of a text from outside, at most `max_tokens` tokens long."""
+        return self._tokenizer.cut(_encodable(text), max_tokens)
+
     def visible(self, text: str) -> str:
         """A decoded turn without the special tokens at its end.
 
@@ -107,6 +120,7 @@ class Chat:
 
     def _defuse(self, text: str) -> str:
         """Break special tokens in text from outside with a zero-width space."""
+        text = _encodable(text)
         if self._special is None:
             return text
         return self._special.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
@@ -173,3 +187,8 @@ class Chat:
             raise self._refuse(f"it refuses a system message ({error})") from error
         if "Be brief." not in text:
             raise self._refuse("the template drops the system message")
+
+
+def _encodable(text: str) -> str:
+    """`text` with question marks for lone surrogates, which have no UTF-8 form, hence no tokens."""
+    return text.encode("utf-8", "replace").decode()

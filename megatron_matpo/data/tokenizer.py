@@ -156,6 +156,12 @@ class Tokenizer:
         """Token ids of `text`; special tokens in it become their ids, nothing is added."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
+    def cut(self, text: str, max_tokens: int) -> str:
+        """The longest beginning of `text` that whole characters of its first tokens make up."""
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        # Where the first token that is left out starts; inside a character, that is its beginning.
+        return text if len(offsets) <= max_tokens else text[: offsets[max_tokens][0]]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`, special tokens included."""
         return self._backend.decode(list(ids), skip_special_tokens=False)

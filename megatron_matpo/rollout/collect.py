@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_matpo import wire
@@ -13,15 +14,19 @@ from megatron_matpo.agents.driver import Driver, EpisodeLimits, EpisodeTree
 from megatron_matpo.agents.roster import make_roster
 from megatron_matpo.agents.sampling import Sampler
 from megatron_matpo.agents.tools import ToolBox
+from megatron_matpo.config.evaluation import TRAIN_SPLIT
 from megatron_matpo.config.root import Config
 from megatron_matpo.data.chat import Chat
-from megatron_matpo.data.dataset import Question, prompts_for_step
+from megatron_matpo.data.dataset import Question
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.obs.files import write_atomic
-from megatron_matpo.rewards.combine import Scorer
-from megatron_matpo.rollout.metrics import MeteredToolBox, rollout_metrics
-from megatron_matpo.rollout.scheduler import GroupJob, Scheduler
-from megatron_matpo.types import PolicyVersion, RolloutBatch
+from megatron_matpo.rewards.judge import Judge
+from megatron_matpo.rewards.scorer import Scorer
+from megatron_matpo.rollout.jobs import eval_jobs, train_jobs
+from megatron_matpo.rollout.metrics import MeteredToolBox, refill_metrics, rollout_metrics
+from megatron_matpo.rollout.refill import Collected, collect_groups
+from megatron_matpo.rollout.scheduler import Scheduler
+from megatron_matpo.types import Group, PolicyVersion, RolloutBatch, RowAsk
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +41,7 @@ class RolloutManager:
         tools: ToolBox,
         chat: Chat,
         questions: Mapping[str, Sequence[Question]],
+        judge: Judge | None = None,
     ) -> None:
         """Check that the parts fit together.
 
@@ -44,7 +50,8 @@ class RolloutManager:
             sampler_for: the policy at a version (`routing.Router.sampler`, or a fake).
             tools: started tool servers.
             chat: the policy's chat rendering.
-            questions: rows by split, `train` and `eval`.
+            questions: rows by split: `train`, and the names of the evaluation sets.
+            judge: an entered judge, if `reward.grader` is `judge`.
 
         Raises:
             ConfigError: an allow-list or the grader names something that does not exist.
@@ -54,8 +61,9 @@ class RolloutManager:
         self._tools = tools
         self._chat = chat
         self._questions = questions
-        self._scorer = Scorer(config.reward)
-        self._roster = make_roster(config.agents, config.rollout.planner, tools.specs())
+        self._judge = judge
+        self._roster = make_roster(config.agents, config.rollout, tools.specs())
+        Scorer(config, judge)  # refuses what does not exist now, not in the first step
         self._limits = EpisodeLimits(
             context_tokens=config.rollout.context_length,
             timeout_s=config.rollout.episode_timeout_s,
@@ -63,17 +71,24 @@ class RolloutManager:
         )
 
     async def collect(
-        self, step: int, version: PolicyVersion, split: str = "train"
+        self,
+        step: int,
+        version: PolicyVersion,
+        split: str = TRAIN_SPLIT,
+        asks: Sequence[RowAsk] | None = None,
+        position: int = 0,
     ) -> RolloutBatch:
         """Run the episodes of `step` with policy `version`.
 
-        `train`: `data.prompts_per_step` rows (see `prompts_for_step`), `data.samples_per_prompt`
-        episodes each; also written to `RUN/rollouts/step_N.rollout` if `obs.record_rollouts`.
-        `eval`: the first `data.eval_prompts` rows of `data.eval`, one episode each.
+        `train`: the `data.prompts_per_step` questions that follow the first `position` ones,
+        `data.samples_per_prompt` episodes each, and replacements (`rollout.dynamic_sampling`); also
+        written to `RUN/rollouts/step_N.rollout` if `obs.record_rollouts`. Any other split: see
+        `rollout.jobs.eval_jobs`; whoever asks for certain rows (`asks`) gets all that came, and
+        judges by itself whether too many failed.
 
         Raises:
             RolloutError: too many episodes failed for reasons outside the model.
-            ConfigError: the split has no rows.
+            ConfigError: no such split or row, or the split has no rows.
         """
         start = time.monotonic()
         tools = MeteredToolBox(self._tools)
@@ -83,11 +98,23 @@ class RolloutManager:
         async def run_episode(episode_id: str, question: Question) -> EpisodeTree:
             return await driver.run(sampler, episode_id, question.system, question.user)
 
-        scheduler = Scheduler(run_episode, self._scorer, self._config.rollout)
-        groups = await scheduler.run(self._jobs(step, split))
-        metrics = rollout_metrics(groups, time.monotonic() - start) | tools.metrics()
-        batch = RolloutBatch(step, version, tuple(groups), metrics)
-        if split == "train" and self._config.obs.record_rollouts:
+        limits = self._config.rollout
+        if asks is not None:
+            limits = replace(limits, max_failed_frac=1.0)
+        scorer = Scorer(self._config, self._judge)
+        scheduler = Scheduler(run_episode, scorer, limits)
+        if split == TRAIN_SPLIT:
+            collected = await self._collect_train(scheduler, step, position)
+        else:
+            jobs = eval_jobs(self._config, self._rows(split), step, split, asks)
+            collected = Collected(await scheduler.run(jobs))
+        metrics = rollout_metrics(collected.groups, time.monotonic() - start)
+        metrics |= tools.metrics() | scorer.metrics()
+        if self._config.rollout.dynamic_sampling and split == TRAIN_SPLIT:
+            metrics |= refill_metrics(collected)
+        next_position = position + collected.num_questions
+        batch = RolloutBatch(step, version, tuple(collected.groups), metrics, next_position)
+        if split == TRAIN_SPLIT and self._config.obs.record_rollouts:
             await asyncio.to_thread(self._record, batch)
         _log.info(
             "step %d (%s): %d episodes in %.1f s, %d left out, %d tokens sampled",
@@ -100,22 +127,24 @@ class RolloutManager:
         )
         return batch
 
-    def _jobs(self, step: int, split: str) -> list[GroupJob]:
-        rows, data = self._questions.get(split, ()), self._config.data
-        if not rows:
-            raise ConfigError(f"data.{split}: there are no rows to collect")
-        if split == "eval":
-            indices = list(range(min(data.eval_prompts, len(rows))))
-            num_samples = 1
-        else:
-            seed = self._config.run.seed
-            indices = prompts_for_step(len(rows), data.prompts_per_step, seed, step)
-            num_samples = data.samples_per_prompt
-        # The position is part of the uid: where two epochs meet, a step can hold a row twice.
-        return [
-            GroupJob(f"{split}-{step}-{position}", index, rows[index], num_samples)
-            for position, index in enumerate(indices)
-        ]
+    async def _collect_train(self, scheduler: Scheduler, step: int, position: int) -> Collected:
+        config, rows = self._config, self._rows(TRAIN_SPLIT)
+
+        async def run_round(first: int, count: int) -> list[Group]:
+            return await scheduler.run(train_jobs(config, rows, step, position, first, count))
+
+        max_rounds = config.rollout.dynamic_sampling_max_rounds
+        return await collect_groups(
+            run_round,
+            config.data.prompts_per_step,
+            max_rounds if config.rollout.dynamic_sampling else 0,
+        )
+
+    def _rows(self, split: str) -> Sequence[Question]:
+        if split not in self._questions:
+            known = ", ".join(self._questions)
+            raise ConfigError(f"split={split}: no such questions; the manager has {known}")
+        return self._questions[split]
 
     def _record(self, batch: RolloutBatch) -> None:
         path = wire.recording_path(Path(self._config.run_dir) / "rollouts", batch.step)

@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from megatron_matpo.agents.grammar import CALL_EXAMPLE
 from megatron_matpo.agents.tools import ToolReply, ToolSpec
+from megatron_matpo.agents.xml_calls import CALL_EXAMPLE
 from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.data import DataConfig
 from megatron_matpo.config.evaluation import EvalConfig

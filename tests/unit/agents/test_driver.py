@@ -13,6 +13,7 @@ import pytest
 from megatron_matpo.agents.driver import Driver, EpisodeLimits, EpisodeTree
 from megatron_matpo.agents.roster import make_roster
 from megatron_matpo.config.agents import AgentConfig
+from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import ConfigError, EngineTimeout, ToolError
 from megatron_matpo.types import Role, Status, TurnKind
 from tests.helpers.rollouts import (
@@ -37,6 +38,7 @@ AGENTS = {
 }
 SINGLE = {"planner": AgentConfig(role="planner", tools=["web"], max_turns=4, final_summary="never")}
 LIMITS = EpisodeLimits(context_tokens=6000, timeout_s=5.0, report_max_chars=200)
+ROLLOUT = RolloutConfig(planner="planner", prompts="dataset")
 TASK = 'Who is "Bob"? {subtask} Box it.'
 
 
@@ -47,10 +49,11 @@ def play(
     template: str = CHATML,
     limits: EpisodeLimits = LIMITS,
     delay_s: float = 0.0,
+    rollout: RolloutConfig = ROLLOUT,
 ) -> tuple[EpisodeTree, FakeEngine, FakeToolBox]:
     tools = tools or FakeToolBox()
     engine = FakeEngine(script, make_tokenizer(template), ENDS[template], delay_s=delay_s)
-    roster = make_roster(agents, "planner", tools.specs())
+    roster = make_roster(agents, rollout, tools.specs())
     driver = Driver(roster, make_chat(template), tools, limits)
     return asyncio.run(driver.run(engine, "e0", "You plan.", TASK)), engine, tools
 
@@ -84,29 +87,27 @@ def test_token_in_token_out(template: str) -> None:
         for turn in item.turns:  # what the engine was given is what the record holds
             if turn.kind is TurnKind.MODEL:
                 assert (item.id, expected) in engine.contexts
-                assert turn.logprobs == tuple(-(i + 1) / 16 for i in range(len(turn.token_ids)))
+                assert list(turn.logprobs) == [-(i + 1) / 16 for i in range(len(turn.token_ids))]
             expected = expected + list(turn.token_ids)
         assert item.token_ids == expected
         assert sum(item.loss_mask) == sum(map(len, outputs))
         first = chat.initial_ids(
             "You plan." if item.role is Role.PLANNER else _worker_system(), _user(item)
         )
-        assert item.turns[0].token_ids == first[0]
+        assert list(item.turns[0].token_ids) == list(first[0])
         environment = [turn for turn in item.turns if turn.kind is TurnKind.ENVIRONMENT]
         reply = "The page says Ada." if item.role is Role.PLANNER else 'search says {"q": "it"}'
-        assert [turn.token_ids for turn in environment] == [
-            chat.environment_ids([reply], outputs[0])[0]
+        assert [list(turn.token_ids) for turn in environment] == [
+            list(chat.environment_ids([reply], outputs[0])[0])
         ]
 
 
 def _worker_system() -> str:
-    return (
-        make_roster(AGENTS, "planner", FakeToolBox().specs()).workers["browser"].system_prompt("")
-    )
+    return make_roster(AGENTS, ROLLOUT, FakeToolBox().specs()).workers["browser"].system_prompt("")
 
 
 def _user(item: object) -> str:
-    roster = make_roster(AGENTS, "planner", FakeToolBox().specs())
+    roster = make_roster(AGENTS, ROLLOUT, FakeToolBox().specs())
     agent = roster.workers["browser"] if item.role is Role.WORKER else roster.planner  # type: ignore[attr-defined]
     return agent.user_message(item.task, item.subtask)  # type: ignore[attr-defined]
 
@@ -201,9 +202,9 @@ def test_allow_lists_hold_in_prompt_and_execution() -> None:
 def test_allow_list_names_must_exist() -> None:
     agents = {"planner": AgentConfig(role="planner", tools=["webb"], final_summary="never")}
     with pytest.raises(ConfigError, match=r"agents\.planner\.tools=webb.*known: calc, web"):
-        make_roster(agents, "planner", FakeToolBox().specs())
+        make_roster(agents, ROLLOUT, FakeToolBox().specs())
     with pytest.raises(ConfigError, match=r"rollout\.planner=boss"):
-        make_roster(AGENTS, "boss", [])
+        make_roster(AGENTS, replace(ROLLOUT, planner="boss"), [])
 
 
 @pytest.mark.parametrize(("allowed", "num_turns"), [(0, 1), (1, 2), (2, 3)])
@@ -290,7 +291,7 @@ def test_final_summary(wanted: str, ending: str) -> None:
     assert ("\\boxed{s}" in tree.said) == is_due
     if is_due and ending == "overflow":  # the cut turn is closed before the request
         assert tree.planner.turns[2].text.startswith("<|im_end|>\n<|im_start|>user\n[SYSTEM]")
-        assert "ran out of turns or of context" in tree.planner.turns[2].text
+        assert "You ran out of context" in tree.planner.turns[2].text
     if wanted != "never":
         assert engine.max_tokens[0] == min(
             4096, 6000 - 1 - 1500 - len(tree.planner.turns[0].token_ids)
@@ -352,7 +353,7 @@ def test_prompts_of_the_recipe_replace_the_built_in_ones() -> None:
             AGENTS["browser"], user_template="{subtask} of {task}", description="Looks things up."
         ),
     }
-    tree, _, _ = play(MATPO, agents)
+    tree, _, _ = play(MATPO, agents, rollout=replace(ROLLOUT, prompts="rendered"))
     prompt = tree.planner.turns[0].text
     assert "Plan. Here are the functions" in prompt and "{JSON}" in prompt
     assert "## Server name: browser\n### Tool name: search_and_browse\n" in prompt

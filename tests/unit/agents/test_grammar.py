@@ -7,19 +7,19 @@ import time
 
 import pytest
 
+from megatron_matpo.agents.arguments import check_arguments
 from megatron_matpo.agents.grammar import (
     CallOutcome,
     ParsedCall,
-    check_arguments,
     format_score,
-    parse_calls,
     refuse_surplus,
-    strip_calls,
     visible_text,
 )
 from megatron_matpo.agents.tools import ToolSpec
+from megatron_matpo.agents.xml_calls import XmlCalls
 from tests.helpers.rollouts import FakeToolBox, call, search
 
+XML = XmlCalls()
 SPECS = FakeToolBox().specs()
 GOOD = search("x")
 
@@ -32,7 +32,7 @@ def raw(arguments: str, server: str = "web", tool: str = "search") -> str:
 
 
 def outcomes(text: str, thinking: bool = False) -> list[str]:
-    return [str(item.outcome) for item in parse_calls(text, SPECS, thinking)]
+    return [str(item.outcome) for item in XML.parse(text, SPECS, thinking)]
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_prompt_that_opens_a_thought_is_known() -> None:
 
 
 def test_arguments_and_names_are_read() -> None:
-    (good,) = parse_calls(raw('{"q": "a {b}", "num": 3}'), SPECS)
+    (good,) = XML.parse(raw('{"q": "a {b}", "num": 3}'), SPECS)
     assert good == ParsedCall(CallOutcome.OK, "web", "search", {"q": "a {b}", "num": 3})
-    (broken,) = parse_calls(search("x", closed=False), SPECS)
+    (broken,) = XML.parse(search("x", closed=False), SPECS)
     assert (broken.server, broken.tool) == ("web", "search")
 
 
@@ -119,7 +119,7 @@ def test_arguments_and_names_are_read() -> None:
     ],
 )
 def test_details_help_the_model(text: str, words: str) -> None:
-    assert words in parse_calls(text, SPECS)[0].detail
+    assert words in XML.parse(text, SPECS)[0].detail
 
 
 @pytest.mark.parametrize(
@@ -157,8 +157,8 @@ def test_visible_text_and_strip_calls() -> None:
     assert visible_text("plain") == "plain"
     assert visible_text("still <think> going on") == "still "
     assert visible_text("never ends", starts_in_thinking=True) == ""
-    assert strip_calls(f"report {GOOD} more {GOOD}") == "report  more"
-    assert strip_calls("no end <use_mcp_tool> x") == "no end <use_mcp_tool> x"
+    assert XML.without_calls(f"report {GOOD} more {GOOD}") == "report  more"
+    assert XML.without_calls("no end <use_mcp_tool> x") == "no end <use_mcp_tool> x"
 
 
 PIECES = [
@@ -174,7 +174,7 @@ def test_fuzz_never_raises_and_scores_are_shares() -> None:
     num_ok = 0
     for _ in range(3000):
         text = "".join(rng.choices(PIECES, k=rng.randrange(25)))
-        calls = parse_calls(text, SPECS, rng.random() < 0.2)
+        calls = XML.parse(text, SPECS, rng.random() < 0.2)
         num_ok += sum(item.outcome is CallOutcome.OK for item in calls)
         assert 0.0 <= format_score(item.outcome for item in calls) <= 1.0
         for item in calls:
@@ -182,7 +182,7 @@ def test_fuzz_never_raises_and_scores_are_shares() -> None:
             if item.outcome is CallOutcome.OK:
                 assert item.arguments["q"] in ("x", "y")
         visible_text(text)
-        strip_calls(text)
+        XML.without_calls(text)
     assert num_ok > 300  # the fuzz reaches the good path as well
 
 
@@ -212,7 +212,7 @@ def test_time_is_linear(piece: str) -> None:
         best = 9.0
         for _ in range(3):
             start = time.process_time()
-            parse_calls(text, SPECS)
+            XML.parse(text, SPECS)
             best = min(best, time.process_time() - start)
         return best
 
@@ -222,7 +222,7 @@ def test_time_is_linear(piece: str) -> None:
 
 def test_specs_with_odd_schemas_do_not_break_the_check() -> None:
     spec = ToolSpec("web", "search", "", {"properties": None, "required": None})
-    assert [item.outcome for item in parse_calls(GOOD, [spec])] == [CallOutcome.UNKNOWN_ARGUMENT]
+    assert [item.outcome for item in XML.parse(GOOD, [spec])] == [CallOutcome.UNKNOWN_ARGUMENT]
 
 
 @pytest.mark.parametrize("required", [True, None, "q", 3])
@@ -232,7 +232,7 @@ def test_a_schema_with_a_wrong_required_does_not_stop_a_call(required: object) -
 
 
 def test_calls_beyond_the_limit_are_refused() -> None:
-    calls = refuse_surplus(parse_calls(GOOD * 5, SPECS), 2)
+    calls = refuse_surplus(XML.parse(GOOD * 5, SPECS), 2)
     assert [call.outcome for call in calls] == ["ok", "ok", "too_many", "too_many", "too_many"]
     assert "at most 2 calls" in calls[-1].detail
     assert refuse_surplus(calls[:2], 2) == calls[:2]

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from megatron_matpo.agents import prompts
-from megatron_matpo.agents.grammar import CallOutcome, parse_calls
+from megatron_matpo.agents.grammar import CallOutcome
 from megatron_matpo.agents.roster import SUBTASK_SCHEMA
 from megatron_matpo.agents.tools import ToolSpec
+from megatron_matpo.agents.xml_calls import XmlCalls
 from megatron_matpo.data.chat import Chat
 from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.mcp_tools.corpus import Corpus
@@ -88,12 +89,12 @@ def test_every_fact_is_found_first_and_replies_are_as_demonstrated(web: CorpusTo
     ],
 )
 def test_calls_are_what_the_grammar_takes_them_for(call, tools) -> None:
-    (good,) = parse_calls(call("founder of Zorvex"), tools)
+    (good,) = XmlCalls().parse(call("founder of Zorvex"), tools)
     assert good.outcome is CallOutcome.OK
     text = call("founder of Zorvex", closed=False)
-    (bad,) = parse_calls(text, tools)
+    (bad,) = XmlCalls().parse(text, tools)
     assert bad.outcome is CallOutcome.UNCLOSED
-    assert prompts.correction(bad) == lx.correction(text)
+    assert prompts.correction(bad, XmlCalls()) == lx.correction(text)
     assert prompts.missing_report("invalid_call") == lx.MISSING_REPORT
 
 

@@ -54,6 +54,7 @@ HEAVY = {
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "mcp": {"mcp_tools"},
+    "orjson": {"rollout"},
     "aiohttp": {"rollout", "rewards", "mcp_tools"},
     "openai": {"rewards"},
     "wandb": {"obs"},

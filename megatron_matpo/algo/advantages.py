@@ -1,7 +1,8 @@
 """GRPO advantages over episode trees: one scalar per planner, inherited by its workers.
 
 Source: MATPO, arXiv:2510.04678, and GRPO, arXiv:2402.03300 (group-relative advantage).
-Differs from the MATPO code (`verl/protocol.py`, `core_algos.py`), on purpose:
+Differs from the MATPO code (`verl/protocol.py`, `core_algos.py`), on purpose; `algo/reference.py`
+has that code's numbers:
 
 * workers inherit the planner's scalar and use their own loss mask, where the code copied the
   planner's token row, mask included;
@@ -13,36 +14,50 @@ Differs from the MATPO code (`verl/protocol.py`, `core_algos.py`), on purpose:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron_matpo.types import Group
 
 STD_EPSILON = 1e-6
 """Added to the standard deviation (MATPO `core_algos.py`, stock veRL)."""
 
+GroupRule = Callable[[Sequence[float]], list[float]]
+"""[G] rewards of a prompt group's trainable episodes -> [G] advantages."""
 
-def group_advantages(rewards: Sequence[float], *, normalize_std: bool) -> list[float]:
+
+def group_advantages(
+    rewards: Sequence[float], *, normalize_std: bool, baseline: str = "group_mean"
+) -> list[float]:
     """Advantages of one prompt group, in float64.
+
+    Source: GRPO, arXiv:2402.03300, Sec. 4.1.2; without the division Dr. GRPO, arXiv:2503.20783;
+    `leave_one_out` is RLOO, arXiv:2402.14740, which does not divide either.
 
     Args:
         rewards: [G] total rewards of the group's trainable episodes.
         normalize_std: divide by the unbiased standard deviation plus `STD_EPSILON`.
+        baseline: what is subtracted: `group_mean`, or `leave_one_out`, the mean of the group's
+            other episodes; the difference is the same times G / (G - 1).
 
     Returns:
         [G] values that sum to 0; all exactly 0 when the rewards are equal.
     """
     if len(rewards) < 2 or max(rewards) == min(rewards):
         return [0.0] * len(rewards)
-    mean = math.fsum(rewards) / len(rewards)
+    total = math.fsum(rewards)
+    mean = total / len(rewards)
     centered = [reward - mean for reward in rewards]
+    variance = math.fsum(value * value for value in centered) / (len(rewards) - 1)
+    if baseline == "leave_one_out":
+        others = len(rewards) - 1
+        centered = [reward - (total - reward) / others for reward in rewards]
     if not normalize_std:
         return centered
-    variance = math.fsum(value * value for value in centered) / (len(rewards) - 1)
     return [value / (math.sqrt(variance) + STD_EPSILON) for value in centered]
 
 
 def episode_advantages(
-    groups: Sequence[Group], *, normalize_std: bool, scale: float = 1.0
+    groups: Sequence[Group], rule: GroupRule, *, scale: float = 1.0
 ) -> dict[str, float]:
     """Advantage of every trainable episode (those with a reward), by episode id.
 
@@ -54,15 +69,11 @@ def episode_advantages(
         scored = [
             (item.id, item.reward.total) for item in group.episodes if item.reward is not None
         ]
-        values = group_advantages([total for _, total in scored], normalize_std=normalize_std)
+        values = rule([total for _, total in scored])
         result.update({key: scale * value for (key, _), value in zip(scored, values, strict=True)})
     return result
 
 
 def num_uninformative_groups(groups: Sequence[Group]) -> int:
     """Groups that contribute no gradient: equal rewards, or fewer than two trainable episodes."""
-    count = 0
-    for group in groups:
-        totals = [item.reward.total for item in group.episodes if item.reward is not None]
-        count += len(totals) < 2 or max(totals) == min(totals)
-    return count
+    return sum(not group.is_informative for group in groups)

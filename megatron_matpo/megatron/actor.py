@@ -21,6 +21,7 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import NonFiniteError
 from megatron_matpo.megatron import checkpoint, hf_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.host_weights import HostWeights
 from megatron_matpo.megatron.model import build_model, wrap_ddp
 from megatron_matpo.megatron.parallel import ParallelState, data_group, pipeline_group
 from megatron_matpo.megatron.schedule import LossFn, forward_backward, forward_logprobs
@@ -51,6 +52,7 @@ class MegatronActor:
         self._config, self._hf, self._state = config, hf, state
         self._models: list[Any] = wrap_ddp(config, build_model(config, hf, state))
         self._optimizer = optimizer.build_optimizer(config, self._models)
+        self._reference: HostWeights | None = None
 
     def load_initial(self) -> None:
         """Take the weights of `model.path`, or seeded random ones with `model.random_init`.
@@ -64,6 +66,27 @@ class MegatronActor:
             hf_io.load_hf(self._models, self._hf, self._config.model.path, self._state)
         # The fp32 copies that a bf16 model trains were made from undefined weights.
         self._optimizer.reload_model_params()
+
+    def load_reference(self) -> None:
+        """Keep a frozen copy of `model.path`'s weights on the host, for `score_reference`.
+
+        Passes through the model's own parameters, so it comes before `load_initial` or `restore`.
+
+        Raises:
+            ConfigError: the folder does not hold the model that its config.json describes.
+        """
+        hf_io.load_hf(self._models, self._hf, self._config.model.path, self._state)
+        self._reference = HostWeights(self._models)
+
+    def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+        """`score` with the weights that `load_reference` kept; the model's own are back after it.
+
+        Parameters come back bit for bit; optimizer state is not touched. Takes the time of two
+        copies of this rank's weights over the bus, and the memory of one more parameter.
+        """
+        assert self._reference is not None, "load_reference() was not called"
+        with self._reference.swapped_in():
+            return self.score(micro_batches)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
         """Log-probs and entropies, [b, s] float32 on the CPU, 0 where the loss mask is 0."""
@@ -85,7 +108,7 @@ class MegatronActor:
         Args:
             micro_batches: this replica's share of the update.
             loss_fn: see `schedule.LossFn`; already divided by the whole update's denominator.
-            update_index: updates made before this one; sets the learning rate.
+            update_index: place in the schedule of the learning rate: updates made before this one.
 
         Raises:
             NonFiniteError: loss or gradient norm is not finite; parameters and optimizer state are

@@ -34,6 +34,12 @@ class MicroBatch:
     """[b, s] float32; what the engine reported."""
     advantages: Tensor
     """[b, s] float32."""
+    loss_weights: Tensor
+    """[b, s] float32; the loss mask times the weight of the row's trained tokens."""
+    is_worker: Tensor
+    """[b, 1] float32; 1 for the rows of workers, 0 for planners and padding."""
+    reference_logprobs: Tensor | None = None
+    """[b, s] float32; of the initial policy, if the loss has a KL penalty."""
     sample_ids: tuple[str, ...] = ()
     """One per row; empty for padding micro-batches."""
 
@@ -53,4 +59,4 @@ def empty_micro_batch(device: torch.device | None = None) -> MicroBatch:
     """One untrained token: evens out the number of micro-batches of data-parallel ranks."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=device)
     zeros = torch.zeros(1, 1, device=device)
-    return MicroBatch(ids, ids, ids, zeros, zeros, zeros, zeros)
+    return MicroBatch(ids, ids, ids, zeros, zeros, zeros, zeros, zeros, zeros)

@@ -37,6 +37,7 @@ def _required(name: str, unit: str, reduction: str, description: str) -> MetricS
 
 
 _TOKENS = "mean over trained tokens, all ranks"
+_TOKENS_OF_ROLE = "mean over the trained tokens of a role, all ranks"
 _EPISODES = "mean over scored episodes"
 _BY_ROLE = "mean over the trajectories of a role, scored episodes"
 
@@ -52,6 +53,15 @@ METRICS: tuple[MetricSpec, ...] = (
         "[0, 1]",
         _EPISODES,
         "Unweighted share of well-formed tool calls, workers' share included.",
+    ),
+    MetricSpec(
+        "reward/not_attempted",
+        "[0, 1]",
+        "mean over judged episodes",
+        "The judge's third grade, among the episodes that it graded.",
+    ),
+    MetricSpec(
+        "reward/judged", "[0, 1]", _EPISODES, "Has a verdict; without an answer nobody is asked."
     ),
     MetricSpec("reward/*", "", _EPISODES, "Other statistics of the reward (std, min, max, ...)."),
     _required(
@@ -80,13 +90,56 @@ METRICS: tuple[MetricSpec, ...] = (
         _TOKENS,
         "KL(engine, trainer) by the k3 estimator: ratio - 1 - log(ratio).",
     ),
+    MetricSpec(
+        "mismatch/abs_logprob/*",
+        "nat",
+        _TOKENS_OF_ROLE,
+        "The same for planners and for workers; absent without trained tokens of the role.",
+    ),
+    MetricSpec("mismatch/k3/*", "nat", _TOKENS_OF_ROLE, "The same for planners and for workers."),
     MetricSpec("mismatch/*", "", _TOKENS, "Other measures of the engine-trainer difference."),
     _required("loss/policy", "", "mean over the step's updates", "Policy loss that was minimised."),
+    MetricSpec(
+        "loss/kl",
+        "",
+        "mean over the step's updates",
+        "KL penalty times `algo.kl_coef`, minimised too.",
+    ),
     MetricSpec("loss/sft", "nat", _TOKENS, "Cross entropy; supervised runs only."),
     MetricSpec("loss/*", "", "mean over the step's updates", "Other terms of the loss."),
     _required("policy/entropy", "nat", _TOKENS, "Entropy of the trainer's token distribution."),
     _required("policy/clip_frac", "[0, 1]", _TOKENS, "Tokens whose ratio the clip holds back."),
     _required("policy/ratio", "", _TOKENS, "Importance ratio of new and old policy."),
+    MetricSpec(
+        "policy/kl",
+        "nat",
+        _TOKENS,
+        "KL of the policy and the initial one, by `algo.kl_estimator`; only with `algo.kl_coef`.",
+    ),
+    MetricSpec(
+        "policy/tis_weight/*",
+        "",
+        _TOKENS_OF_ROLE,
+        "Trainer over engine probability, after cap or mask; only with `algo.tis`.",
+    ),
+    MetricSpec(
+        "policy/tis_held_back/*",
+        "[0, 1]",
+        "share of the trained tokens of a role, all ranks",
+        "Tokens whose weight was capped or masked.",
+    ),
+    MetricSpec(
+        "policy/tis_ess/*",
+        "[0, 1]",
+        "mean(w)^2 / mean(w^2) over the trained tokens of a role",
+        "Effective sample size of the weights, as a share of the tokens.",
+    ),
+    MetricSpec(
+        "policy/tis_ratio/*",
+        "",
+        "maximum over the trained tokens of a role, all ranks",
+        "Trainer over engine probability before cap or mask.",
+    ),
     MetricSpec("policy/*", "", _TOKENS, "Other statistics of the policy (KL terms, weights, ...)."),
     _required(
         "optim/grad_norm",
@@ -106,6 +159,9 @@ METRICS: tuple[MetricSpec, ...] = (
     _required("tokens/sampled", "tokens", "sum", "Tokens that the engines sampled for this step."),
     MetricSpec(
         "tokens/sampled_per_s", "tokens/s", "sum over the collection's wall clock", "Throughput."
+    ),
+    MetricSpec(
+        "tokens/discarded", "tokens", "sum", "Sampled in groups that dynamic sampling discarded."
     ),
     MetricSpec("tokens/context", "tokens", "sum", "Lengths of all contexts."),
     MetricSpec("tokens/*", "tokens", "sum", "Other token counts (context, padding, ...)."),
@@ -131,12 +187,28 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("rollout/calls/*", "count", _BY_ROLE, "Tool and agent calls, malformed ones too."),
     MetricSpec("rollout/call_outcome/*", "[0, 1]", "share of the calls of a role", "By outcome."),
     MetricSpec("rollout/status/*", "[0, 1]", "share of the trajectories of a role", "By status."),
+    MetricSpec(
+        "rollout/rounds",
+        "count",
+        "same for all groups",
+        "Rounds of questions, the first included; dynamic sampling only.",
+    ),
+    MetricSpec(
+        "rollout/discarded_groups",
+        "count",
+        "sum",
+        "Uninformative groups that others replaced; in no other metric of the rollout.",
+    ),
     MetricSpec("rollout/*", "", "as the manager states", "Other numbers of the rollout."),
     MetricSpec("tools/calls", "count", "sum", "Calls to tool servers."),
     MetricSpec("tools/errors", "count", "sum", "Replies that the tool marked as errors."),
     MetricSpec("tools/failures", "count", "sum", "Calls that failed for infrastructure reasons."),
     MetricSpec("tools/latency_s_mean", "s", "mean over answered calls", "Duration of a call."),
     MetricSpec("tools/*", "", "as the manager states", "Other numbers of the tools."),
+    MetricSpec("judge/calls", "count", "sum", "Requests to the LLM judge, repeated ones too."),
+    MetricSpec("judge/failures", "count", "sum", "Verdicts that did not come in all attempts."),
+    MetricSpec("judge/cache_hits", "count", "sum", "Verdicts that took no request."),
+    MetricSpec("judge/latency_s_mean", "s", "mean over answered requests", "Duration."),
     MetricSpec(
         "eval/*",
         "",

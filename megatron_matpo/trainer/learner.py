@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megatron_matpo.algo.losses import (
     PolicyLossOptions,
-    mismatch_metrics,
+    importance_weights,
+    kl_penalty,
     policy_loss,
     supervised_loss,
-    token_mean,
+)
+from megatron_matpo.algo.token_metrics import (
+    TokenCounts,
+    TokenMeans,
+    importance_metrics,
+    mismatch_metrics,
+    with_sample_sizes,
 )
 from megatron_matpo.config import Config
-from megatron_matpo.data.schedule import num_trained_tokens, schedule, split_updates
+from megatron_matpo.config.algo import AlgoConfig
+from megatron_matpo.data.schedule import (
+    num_trained_tokens,
+    reference_rows,
+    schedule,
+    split_by_trajectories,
+    split_updates,
+    total_weight,
+    weigh,
+)
 from megatron_matpo.errors import RolloutError
 from megatron_matpo.megatron.actor import MegatronActor, UpdateResult
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.schedule import LossFn
 from megatron_matpo.trainer.tensors import to_micro_batch
 from megatron_matpo.types import TrainSample
+
+Scorer = Callable[[Sequence[MicroBatch]], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -38,8 +57,15 @@ class Update:
 
     batches: list[MicroBatch]
     """Of this data-parallel rank."""
-    num_tokens: int
-    """Trained tokens of the whole update, all ranks: the denominator of its loss."""
+    denominator: float
+    """Of the loss: sum of the loss weights of the whole update, all ranks."""
+    is_on_policy: bool
+    """Old log-probs of the ratio are the forward pass's own, detached."""
+    counts: TokenCounts
+    """Of the whole step, all updates and ranks: denominators of token means."""
+    mismatch_counts: TokenCounts | None
+    """Of all updates in which the trainer's log-probs of the sampling weights are known; None in an
+    update in which they are not."""
 
 
 class PolicyLearner:
@@ -52,12 +78,13 @@ class PolicyLearner:
         self._state = state
 
     def prepare(self, samples: Sequence[TrainSample]) -> list[Update]:
-        """Split `samples` (the same list on every rank) into updates, with old log-probs.
+        """Split `samples` (the same list on every rank) into updates, with log-probs to compare to.
 
         With one update the behaviour policy of the ratio is the current one, so old log-probs are
         the forward pass's own, detached, and no scoring pass is made; the same pass gives the
         mismatch between engine and trainer. With more updates and `algo.old_logprobs=trainer`, all
-        samples are scored here, before the first update.
+        samples are scored here, before the first update. With a KL penalty the reference model
+        scores them too.
 
         Raises:
             RolloutError: there is nothing to train on.
@@ -66,67 +93,134 @@ class PolicyLearner:
             raise RolloutError(
                 "the step has no trainable episode (rollout/failed says how many failed)"
             )
-        updates = split_updates(samples, self._config.algo.updates_per_step)
-        batches = [self._micro_batches(update) for update in updates]
-        if len(updates) > 1 and self._config.algo.old_logprobs == "trainer":
-            batches = [self._with_old_logprobs(batch) for batch in batches]
+        algo = self._config.algo
+        splits, denominators = self._split(samples)
+        batches = [self._micro_batches(split) for split in splits]
+        is_on_policy = len(splits) == 1 and algo.old_logprobs == "trainer"
+        if algo.old_logprobs == "trainer" and not is_on_policy:
+            batches = [
+                [replace(b, old_logprobs=scored.to(b.old_logprobs)) for b, scored in pairs]
+                for pairs in _scored(batches, self._actor.score)
+            ]
+        if algo.kl_coef > 0:
+            batches = [
+                [replace(b, reference_logprobs=scored.to(b.old_logprobs)) for b, scored in pairs]
+                for pairs in _scored(batches, self._actor.score_reference)
+            ]
+        # With the engine's old log-probs, only the first update's forward pass has the weights
+        # that sampled the tokens; later ones differ because the policy moved.
+        measured = splits if algo.old_logprobs == "trainer" else splits[:1]
+        mismatch_counts = TokenCounts.of([sample for split in measured for sample in split])
         return [
-            Update(batch, num_trained_tokens(update))
-            for update, batch in zip(updates, batches, strict=True)
+            Update(
+                batches=batches[i],
+                denominator=denominators[i],
+                is_on_policy=is_on_policy,
+                counts=TokenCounts.of(samples),
+                mismatch_counts=mismatch_counts if i < len(measured) else None,
+            )
+            for i in range(len(splits))
         ]
 
-    def learn(self, updates: Sequence[Update], first_update: int) -> LearnResult:
+    def learn(
+        self, updates: Sequence[Update], first_update: int, finished_steps: int
+    ) -> LearnResult:
         """Make the updates.
 
         Args:
             updates: what `prepare` returned.
             first_update: optimizer updates made so far; sets the learning rate.
+            finished_steps: steps made so far; with `compat: reference` sets the learning rate,
+                which the original's scheduler moves once per step.
 
         Raises:
             NonFiniteError: before the optimizer moves.
         """
+        is_reference = self._config.compat == "reference"
         results = [
-            self._update(update, first_update + i, len(updates)) for i, update in enumerate(updates)
+            self._actor.update(
+                update.batches,
+                policy_loss_fn(self._config.algo, update),
+                finished_steps if is_reference else first_update + i,
+            )
+            for i, update in enumerate(updates)
         ]
-        return LearnResult(_combine(results), len(results))
+        return LearnResult(with_sample_sizes(_combine(results)), len(results))
+
+    def _split(self, samples: Sequence[TrainSample]) -> tuple[list[list[TrainSample]], list[float]]:
+        """Weighted samples of each update, and the denominators of their losses."""
+        algo = self._config.algo
+        if self._config.compat == "reference":
+            splits = split_by_trajectories(samples, algo.updates_per_step)
+            rows = reference_rows(samples, algo.updates_per_step)
+            # A last update that is not full has a smaller loss (`dp_actor.py:442-444`).
+            return splits, [total_weight(split) * rows / len(split) for split in splits]
+        splits = [
+            weigh(split, algo.aggregation)
+            for split in split_updates(samples, algo.updates_per_step)
+        ]
+        return splits, [total_weight(split) for split in splits]
 
     def _micro_batches(self, samples: Sequence[TrainSample]) -> list[MicroBatch]:
         bins = schedule(samples, self._config.train.micro_batch_tokens, self._state.dp_size)
         return [to_micro_batch(item, self._state.device) for item in bins[self._state.dp_rank]]
 
-    def _with_old_logprobs(self, batches: list[MicroBatch]) -> list[MicroBatch]:
-        scored = self._actor.score(batches)
-        return [
-            replace(batch, old_logprobs=logprobs.to(batch.old_logprobs))
-            for batch, (logprobs, _) in zip(batches, scored, strict=True)
-        ]
 
-    def _update(self, update: Update, update_index: int, num_updates: int) -> UpdateResult:
-        algo = self._config.algo
-        options = PolicyLossOptions(algo.clip_low, algo.clip_high, algo.dual_clip)
-        own_old = num_updates == 1 and algo.old_logprobs == "trainer"
-        denominator = float(max(1, update.num_tokens))
+def policy_loss_fn(algo: AlgoConfig, update: Update) -> LossFn:
+    """The loss of one micro-batch of `update`, with its metrics.
 
-        def loss_fn(
-            logprobs: Tensor, entropy: Tensor, batch: MicroBatch
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            loss, metrics = policy_loss(
-                logprobs,
-                logprobs.detach() if own_old else batch.old_logprobs,
-                batch.advantages,
-                batch.loss_mask,
-                denominator=denominator,
-                options=options,
+    loss = -(clipped surrogate x importance weight) + `algo.kl_coef` x KL estimate, both weighted
+    and divided as `algo.aggregation` says.
+    """
+    options = PolicyLossOptions(algo.clip_low, algo.clip_high, algo.dual_clip)
+
+    def loss_fn(
+        logprobs: Tensor, entropy: Tensor, batch: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        means = TokenMeans(batch.loss_mask, batch.is_worker, update.counts)
+        old = logprobs.detach() if update.is_on_policy else batch.old_logprobs
+        importance = None
+        metrics: dict[str, Tensor] = {}
+        if algo.tis != "off":
+            importance = importance_weights(
+                old, batch.rollout_logprobs, mode=algo.tis, cap=algo.tis_cap
             )
+            metrics |= importance_metrics(importance, means)
+        loss, ratio, outside = policy_loss(
+            logprobs,
+            old,
+            batch.advantages,
+            batch.loss_weights,
+            denominator=update.denominator,
+            options=options,
+            importance=importance,
+        )
+        metrics["loss/policy"] = loss
+        if batch.reference_logprobs is not None:
+            kl = kl_penalty(logprobs, batch.reference_logprobs, algo.kl_estimator)
+            penalty = algo.kl_coef * (kl * batch.loss_weights).sum() / update.denominator
+            loss = loss + penalty
+            metrics |= {"loss/kl": penalty, "policy/kl": means.total(kl)}
+        if update.mismatch_counts is not None:
             metrics |= mismatch_metrics(
-                logprobs, batch.rollout_logprobs, batch.loss_mask, denominator=denominator
+                logprobs if algo.old_logprobs == "engine" else old,
+                batch.rollout_logprobs,
+                replace(means, counts=update.mismatch_counts),
             )
-            metrics["policy/entropy"] = token_mean(
-                entropy, batch.loss_mask, denominator=denominator
-            )
-            return loss, metrics
+        metrics["policy/ratio"] = means.total(ratio)
+        metrics["policy/clip_frac"] = means.total(outside)
+        metrics["policy/entropy"] = means.total(entropy)
+        return loss, metrics
 
-        return self._actor.update(update.batches, loss_fn, update_index)
+    return loss_fn
+
+
+def _scored(
+    updates: Sequence[list[MicroBatch]], score: Scorer
+) -> list[list[tuple[MicroBatch, Tensor]]]:
+    """Every micro-batch with its log-probs, in one pass over all updates."""
+    flat = iter(score([batch for update in updates for batch in update]))
+    return [[(batch, next(flat)[0]) for batch in update] for update in updates]
 
 
 class SupervisedLearner:
@@ -148,22 +242,27 @@ class SupervisedLearner:
             logprobs: Tensor, entropy: Tensor, batch: MicroBatch
         ) -> tuple[Tensor, dict[str, Tensor]]:
             loss = supervised_loss(logprobs, batch.loss_mask, denominator=denominator)
-            mean_entropy = token_mean(entropy, batch.loss_mask, denominator=denominator)
-            return loss, {"loss/sft": loss.detach(), "policy/entropy": mean_entropy}
+            mean_entropy = (entropy * batch.loss_mask).sum() / denominator
+            return loss, {"loss/sft": loss, "policy/entropy": mean_entropy}
 
         return LearnResult(_combine([self._actor.update(batches, loss_fn, first_update)]), 1)
 
 
 def _combine(results: Sequence[UpdateResult]) -> dict[str, float]:
-    """Mean over a step's updates; maxima stay maxima, and mismatch is the first update's.
+    """One line for a step's updates.
 
-    Only the first update runs with the weights that sampled the tokens, so only its difference to
-    the engine is a mismatch; later ones differ because the policy moved.
+    Losses are means over the updates; token means have the whole step's denominators, so their
+    shares are added; maxima stay maxima.
     """
     combined: dict[str, float] = {}
-    for name in results[0].metrics if results else ():
-        values = [result.metrics[name] for result in results]
-        combined[name] = values[0] if name.startswith("mismatch/") else sum(values) / len(values)
+    for name in dict.fromkeys(name for result in results for name in result.metrics):
+        values = [result.metrics[name] for result in results if name in result.metrics]
+        if name.endswith("/max"):
+            combined[name] = max(values)
+        elif name.startswith("loss/"):
+            combined[name] = sum(values) / len(values)
+        else:
+            combined[name] = sum(values)
     if results:
         norms = [result.grad_norm for result in results]
         combined["optim/grad_norm"] = sum(norms) / len(norms)

@@ -5,15 +5,14 @@
 | phase   | produces                     | waits for                  | released by               |
 |---------|------------------------------|----------------------------|---------------------------|
 | collect | episodes of policy v         | engines serving v          | manager, or the recording |
-| score   | old log-probs, if needed     | the step's episodes        | every rank's forward pass |
+| score   | old and reference log-probs  | the step's episodes        | every rank's forward pass |
 | learn   | policy v + 1                 | the step's episodes        | the optimizer             |
 | sync    | engines serving v + 1        | policy v + 1               | every engine's answer     |
 """
 
 from __future__ import annotations
 
-from megatron_matpo.algo.advantages import episode_advantages
-from megatron_matpo.data.samples import to_samples
+from megatron_matpo.trainer.credit import step_advantages, step_samples
 from megatron_matpo.trainer.run import Run
 
 
@@ -34,18 +33,14 @@ def train(run: Run) -> None:
         step = progress.step + 1
         with run.clock.step(step):
             with run.clock.phase("rollout"):
-                batch = run.rollouts.collect(step, served)
-            advantages = episode_advantages(
-                batch.groups,
-                normalize_std=config.algo.normalize_std,
-                scale=config.algo.advantage_scale,
-            )
-            samples = to_samples(batch, advantages)
+                batch = run.rollouts.collect(step, served, position=progress.data_position)
+            advantages = step_advantages(config, batch.groups)
+            samples = step_samples(config, batch, advantages)
             with run.clock.phase("score"):
                 updates = run.learner.prepare(samples)
             with run.clock.phase("train"):
-                result = run.learner.learn(updates, progress.num_updates)
-            progress = progress.after(result.num_updates)
+                result = run.learner.learn(updates, progress.num_updates, progress.step)
+            progress = progress.after(result.num_updates, batch.next_position)
             with run.clock.phase("sync"):
                 served = run.sync.push(progress.policy_version)
         evaluation = run.evaluate(step, served)

@@ -11,7 +11,7 @@ from typing import Protocol
 from megatron_matpo.algo.advantages import num_uninformative_groups
 from megatron_matpo.config import Config
 from megatron_matpo.data.schedule import num_trained_tokens
-from megatron_matpo.errors import ConfigError
+from megatron_matpo.errors import CheckpointError, ConfigError
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.obs.metrics import MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
@@ -46,11 +46,7 @@ class WeightSync(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands; saved in every checkpoint.
-
-    The data position is a function of the step (`data.dataset.prompts_for_step`), so it needs no
-    field of its own.
-    """
+    """Where a run stands; saved in every checkpoint."""
 
     step: int = 0
     """Finished steps."""
@@ -58,9 +54,17 @@ class Progress:
     num_updates: int = 0
     """Optimizer updates; the learning rate is a function of it."""
 
-    def after(self, num_updates: int) -> Progress:
+    data_position: int = 0
+    """Questions asked so far; not a function of the step with `rollout.dynamic_sampling`."""
+
+    def after(self, num_updates: int, data_position: int) -> Progress:
         """The state after one more step of `num_updates` updates."""
-        return Progress(self.step + 1, self.policy_version + 1, self.num_updates + num_updates)
+        return Progress(
+            step=self.step + 1,
+            policy_version=self.policy_version + 1,
+            num_updates=self.num_updates + num_updates,
+            data_position=data_position,
+        )
 
 
 class RunLog:
@@ -119,7 +123,8 @@ class Run:
             CheckpointError: the checkpoint is damaged or belongs to another model.
             ConfigError: a run whose engines keep their first weights cannot be resumed.
         """
-        progress = load_progress(self.actor, self.run_dir, self.clock)
+        has_reference = self.config.algo.kl_coef > 0
+        progress = load_progress(self.actor, self.run_dir, self.clock, has_reference=has_reference)
         if progress.step > 0 and self.config.weight_sync.transport == "none":
             raise ConfigError(
                 "weight_sync.transport=none: this control experiment cannot be resumed, because "
@@ -199,17 +204,28 @@ def is_due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def load_progress(actor: MegatronActor, run_dir: Path, clock: Clock) -> Progress:
+def load_progress(
+    actor: MegatronActor, run_dir: Path, clock: Clock, *, has_reference: bool = False
+) -> Progress:
     """Restore the actor from the run's last checkpoint, or load the initial model. All ranks call.
+
+    With `has_reference` it also keeps the initial model as reference, whatever is restored.
 
     Raises:
         CheckpointError: the checkpoint is damaged or belongs to another model.
     """
     clock.enter("load")
+    if has_reference:
+        actor.load_reference()
     saved = actor.restore(run_dir / CHECKPOINTS)
     if saved is None:
         actor.load_initial()
         return Progress()
+    if "data_position" not in saved:
+        raise CheckpointError(
+            f"{run_dir / CHECKPOINTS}: written by an earlier version, without its position in the "
+            "data; start the run again under another run.name"
+        )
     return Progress(**saved)
 
 
@@ -229,7 +245,16 @@ def reward_metrics(batch: RolloutBatch) -> dict[str, float]:
     ]
     if not rewards:
         return dict.fromkeys(("reward/total", "reward/accuracy", "reward/format"), float("nan"))
-    return {
+    judged = [reward.verdict for reward in rewards if reward.verdict]
+    verdicts = (
+        {
+            "reward/not_attempted": judged.count("not_attempted") / len(judged),
+            "reward/judged": len(judged) / len(rewards),
+        }
+        if judged
+        else {}
+    )
+    return verdicts | {
         "reward/total": sum(reward.total for reward in rewards) / len(rewards),
         "reward/accuracy": sum(reward.accuracy for reward in rewards) / len(rewards),
         "reward/format": sum(reward.format for reward in rewards) / len(rewards),

@@ -43,7 +43,7 @@ def whole_grads(ranks: RankPool, model_folder: Path) -> dict[str, torch.Tensor]:
 
 def cut(batch: MicroBatch, rows: int) -> list[MicroBatch]:
     """Micro-batches of `rows` sequences each."""
-    names = [f.name for f in dataclasses.fields(batch) if f.name != "sample_ids"]
+    names = [f.name for f in dataclasses.fields(batch) if torch.is_tensor(getattr(batch, f.name))]
     pieces = [getattr(batch, name).split(rows) for name in names]
     return [
         MicroBatch(**dict(zip(names, piece, strict=True))) for piece in zip(*pieces, strict=True)

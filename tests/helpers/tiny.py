@@ -75,6 +75,8 @@ def make_batch(shape: tuple[int, int], seed: int) -> MicroBatch:
         old_logprobs=zeros,
         rollout_logprobs=zeros,
         advantages=torch.randn(rows, width, generator=generator),
+        loss_weights=mask.float(),
+        is_worker=torch.zeros(rows, 1),
         sample_ids=tuple(f"{seed}/{row}" for row in range(rows)),
     )
 

@@ -1,6 +1,7 @@
 """The invariants that `data/schedule.py` promises, on random length distributions."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -8,7 +9,10 @@ from megatron_matpo.data.schedule import (
     num_trained_tokens,
     padded_tokens,
     schedule,
+    split_by_trajectories,
     split_updates,
+    total_weight,
+    weigh,
 )
 from megatron_matpo.types import Role, TrainSample
 
@@ -59,6 +63,59 @@ def test_updates_hold_whole_episodes(num_updates):
 def test_denominator_counts_workers():
     samples = make_samples(1)
     assert num_trained_tokens(samples) == sum(sum(s.loss_mask) for s in samples)
+    assert total_weight(weigh(samples, "token")) == num_trained_tokens(samples)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "trajectory", "episode"])
+def test_every_unit_has_the_same_share(aggregation):
+    samples = weigh(make_samples(4), aggregation)
+    share = Counter()
+    for index, sample in enumerate(samples):
+        trained = sum(sample.loss_mask)
+        unit = {"token": index, "trajectory": index, "episode": sample.episode_id}[aggregation]
+        share[unit] += sample.loss_weight * trained
+        if aggregation == "token":
+            assert sample.loss_weight == 1.0
+    units = {s.episode_id for s in samples if sum(s.loss_mask)}
+    if aggregation != "token":
+        assert [value for value in share.values() if value] == pytest.approx([1.0] * len(share))
+    if aggregation == "episode":
+        assert total_weight(samples) == pytest.approx(len(units))
+
+
+def test_nothing_trained_is_no_division_by_zero():
+    sample = TrainSample("0.0", "0", Role.PLANNER, [1], [2], [0], [0.0], 0.5)
+    for aggregation in ("token", "trajectory", "episode"):
+        assert total_weight(weigh([sample], aggregation)) == 1.0
+    assert total_weight([]) == 1.0
+
+
+@pytest.mark.parametrize("num_planners", [16, 2])
+@pytest.mark.parametrize("num_workers", [0, 1, 2, 3])
+def test_the_originals_number_of_updates(num_planners, num_workers):
+    """C6, the table of section 4.2: 0, 1, 2, 3 workers per planner make 1, 2, 3, 4 updates."""
+    roles = [Role.PLANNER] * num_planners + [Role.WORKER] * (num_planners * num_workers)
+    samples = [
+        TrainSample(f"{i}", f"{i % num_planners}", role, [1], [2], [1], [0.0], 0.5)
+        for i, role in enumerate(roles)
+    ]
+    updates = split_by_trajectories(samples, 1)
+    assert len(updates) == 1 + num_workers
+    assert [s for update in updates for s in update] == samples
+    assert {len(update) for update in updates} == {num_planners}
+    # Ours does not depend on how many workers the model spawned.
+    assert len(split_updates(samples, 1)) == 1
+
+
+def test_the_originals_last_update_can_be_nearly_empty():
+    roles = [Role.PLANNER] * 8 + [Role.WORKER]
+    samples = [
+        TrainSample(f"{i}", f"{i % 8}", role, [1], [2], [1], [0.0], 0.5)
+        for i, role in enumerate(roles)
+    ]
+    assert [len(update) for update in split_by_trajectories(samples, 2)] == [4, 4, 1]
+    # A planner and its worker are in different updates.
+    assert split_by_trajectories(samples, 1)[1][0].episode_id == "0"
 
 
 def test_more_ranks_than_samples_gives_empty_bins():

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+JUDGE = "judge"
+GRADERS = ("exact_match", "f1", "numeric", "gaia", JUDGE)
+"""Allowed values of `reward.grader`."""
+
 
 @dataclass(frozen=True)
 class JudgeConfig:
     """An LLM that grades answers, at any OpenAI-compatible endpoint."""
 
     base_url: str = "https://api.openai.com/v1"
+    """Up to and without `/chat/completions`."""
     model: str = "gpt-4o-mini"
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; empty: the endpoint asks for none."""
@@ -21,8 +26,14 @@ class JudgeConfig:
     """Per verdict, transport errors, refusals and replies outside the verdict grammar included."""
     backoff_s: float = 1.0
     """Before the second attempt; doubled for each further one, with jitter."""
+    deadline_s: float = 600.0
+    """One verdict in all: waiting for a free place, attempts and pauses."""
     temperature: float = 0.0
     max_tokens: int = 16
+    """Of the reply; a judge that thinks first needs far more."""
+    max_tokens_field: str = "max_tokens"
+    """What the endpoint calls that limit: `max_tokens`, or `max_completion_tokens` (OpenAI's
+    reasoning models, which also want `temperature: 1`)."""
 
 
 @dataclass(frozen=True)
@@ -34,5 +45,6 @@ class RewardConfig:
     gate_format: bool = False
     """Format counts only when accuracy is exactly 1."""
     grader: str = "exact_match"
-    """`exact_match` (normalised) | `f1` | `numeric` | `judge`."""
+    """Offline: `exact_match` (normalised), `f1`, `numeric`, `gaia` (GAIA's own rule for numbers,
+    lists and texts); or `judge`, the LLM below."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)

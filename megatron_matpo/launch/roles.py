@@ -2,7 +2,7 @@
 
 Secrets go from here to the roles by environment only: `MATPO_RUN_TOKEN` (manager and trainer),
 `MATPO_ENGINE_KEY` (engines and who talks to them). Variables that a tool server is given
-(`tools.servers.*.env_from`) reach the manager alone.
+(`tools.servers.*.env_from`) and the judge's key reach the manager alone.
 """
 
 from __future__ import annotations
@@ -147,9 +147,10 @@ def _secret_env(own: RunSecrets) -> dict[str, str]:
 
 
 def _environment(config: Config) -> dict[str, str]:
-    """Our environment without what is meant for tool servers only."""
-    for_tools = {name for server in config.tools.servers.values() for name in server.env_from}
-    kept = {name: value for name, value in os.environ.items() if name not in for_tools}
+    """Our environment without what is meant for tool servers and judge only."""
+    secret = {name for server in config.tools.servers.values() for name in server.env_from}
+    secret.add(config.reward.judge.api_key_env)
+    kept = {name: value for name, value in os.environ.items() if name not in secret}
     return {**kept, **_settings(config)}
 
 

@@ -1,1 +1,1 @@
-"""Answer extraction, graders and the combination of accuracy and format. Torch-free, no I/O."""
+"""Answer extraction, graders, the LLM judge, and the combination of accuracy and format."""

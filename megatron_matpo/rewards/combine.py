@@ -1,20 +1,29 @@
 """An episode's reward: accuracy of the answer and well-formedness of its tool calls.
 
-Source: MATPO original, `verl/workers/reward_manager/subagent_tool.py`. Differs (the corrected
-form): there, format is 0.5 * (planner + mean over workers), with 0 for a planner that has no
-workers, so that not delegating costs half of the format reward; here it is the mean over the
-trajectories that exist. An episode that failed for reasons outside the model gets no reward at all,
-instead of 0.
+Source: MATPO original, `verl/workers/reward_manager/subagent_tool.py` and `tool.py`. Both forms
+read what the call grammar made of each call; there is no second parser.
+
+* Corrected (`compat: corrected`): format is the mean over the trajectories that exist, and a
+  trajectory's is the share of its calls that are well formed.
+* Reference (`compat: reference`, defect C10): format is 0.5 * (planner + mean over workers), with 0
+  for a planner that has no workers, so that not delegating costs half of the format reward; only
+  complete call blocks count, so that an unclosed block or a native `<tool_call>` costs nothing; a
+  planner that cannot delegate is scored by its own calls alone.
+  Differs from the original: calls inside `<think>` count for nothing (there, like any other).
+
+In either form an episode that failed for reasons outside the model gets no reward, instead of 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_matpo.agents.grammar import CallOutcome, format_score
 from megatron_matpo.config.reward import RewardConfig
-from megatron_matpo.rewards.answer import extract_answer
-from megatron_matpo.rewards.graders import grader
-from megatron_matpo.types import Reward, Trajectory
+from megatron_matpo.types import Reward, Role, Trajectory
+
+# Not a complete block of the original's format, which it does not look at.
+_UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNTAX})
 
 
 def episode_format(trajectories: Sequence[Trajectory]) -> float:
@@ -22,36 +31,38 @@ def episode_format(trajectories: Sequence[Trajectory]) -> float:
     return sum(item.format_score for item in trajectories) / len(trajectories)
 
 
-def combine(accuracy: float, format_score: float, config: RewardConfig) -> Reward:
+def reference_format(trajectories: Sequence[Trajectory], *, can_delegate: bool) -> float:
+    """The format part of the original's reward, before its weight.
+
+    Args:
+        trajectories: planner and workers.
+        can_delegate: the planner has workers in its allow-list, whether it called them or not.
+    """
+    (planner,) = (_blocks_score(item) for item in trajectories if item.role is Role.PLANNER)
+    if not can_delegate:
+        return planner
+    workers = [_blocks_score(item) for item in trajectories if item.role is Role.WORKER]
+    return 0.5 * (planner + (sum(workers) / len(workers) if workers else 0.0))
+
+
+def _blocks_score(trajectory: Trajectory) -> float:
+    """Share of well-formed calls among the complete blocks; 1 without any.
+
+    The original knows no bound on calls, so one that was refused for it alone is well formed.
+    """
+    outcomes = [call.outcome for call in trajectory.calls]
+    return format_score(
+        CallOutcome.OK if outcome == CallOutcome.TOO_MANY else outcome
+        for outcome in outcomes
+        if outcome not in _UNSEEN_BY_REFERENCE
+    )
+
+
+def combine(
+    accuracy: float, format_score: float, config: RewardConfig, verdict: str = ""
+) -> Reward:
     """Weigh the parts; with `gate_format`, format counts only if accuracy is exactly 1."""
     counts = not config.gate_format or accuracy == 1.0
     total = config.accuracy_weight * accuracy
     total += config.format_weight * format_score if counts else 0.0
-    return Reward(accuracy=accuracy, format=format_score, total=total)
-
-
-class Scorer:
-    """Grades finished episodes."""
-
-    def __init__(self, config: RewardConfig) -> None:
-        """Look the grader up.
-
-        Raises:
-            ConfigError: no such grader.
-        """
-        self._config = config
-        self._grade = grader(config.grader)
-
-    def score(
-        self, said: str, ground_truth: str, trajectories: Sequence[Trajectory]
-    ) -> tuple[str, Reward]:
-        """(answer, reward); the answer is empty if none was found, and then accuracy is 0.
-
-        Args:
-            said: the planner's own last turn, thoughts left out.
-            ground_truth: of the dataset row.
-            trajectories: planner and workers.
-        """
-        answer = extract_answer(said)
-        accuracy = self._grade(answer, ground_truth) if answer else 0.0
-        return answer or "", combine(accuracy, episode_format(trajectories), self._config)
+    return Reward(accuracy=accuracy, format=format_score, total=total, verdict=verdict)

@@ -3,13 +3,14 @@
 Source: `exact_match` and `f1` normalise as SQuAD's evaluation does (Rajpurkar et al. 2016: lower
 case, no punctuation, no articles, single spaces). Differs: Unicode is folded first (NFKC), LaTeX
 text commands are unwrapped, and punctuation is whatever Unicode says it is. MATPO asks an LLM judge
-instead; that is a service, these need none.
+instead (`rewards.judge`); these need no service.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable
@@ -69,7 +70,58 @@ def _only_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-GRADERS: dict[str, Grader] = {"exact_match": exact_match, "f1": f1, "numeric": numeric}
+def gaia(answer: str, truth: str) -> float:
+    """1 if GAIA's own rule calls the answer right, else 0; the truth says which rule it is.
+
+    A number: equal as numbers, without `$`, `%` and thousands separators. A list, separated by
+    commas or semicolons: as many elements, each equal, as a number or without spaces and letter
+    case. Anything else: equal without spaces, letter case and ASCII punctuation.
+
+    Source: arXiv:2311.12983, quasi exact match. Differs: `nan` and `inf` are words, not numbers.
+    """
+    if _finite(truth) is not None:
+        return float(_finite(_NO_UNIT.sub("", answer)) == _finite(truth))
+    if "," not in truth and ";" not in truth:
+        return float(_letters(answer) == _letters(truth))
+    got, expected = _SEPARATOR.split(answer), _SEPARATOR.split(truth)
+    if len(got) != len(expected):
+        return 0.0
+    return float(all(map(_same_element, got, expected)))
+
+
+_NO_UNIT = re.compile(r"[$%,]")
+_SEPARATOR = re.compile(r"[,;]")
+_NOT_LETTERS = str.maketrans("", "", string.punctuation)
+
+
+def _same_element(got: str, expected: str) -> bool:
+    if _finite(expected) is not None:
+        return _finite(_NO_UNIT.sub("", got)) == _finite(expected)
+    return _squeezed(got) == _squeezed(expected)
+
+
+def _letters(text: str) -> str:
+    return _squeezed(text).translate(_NOT_LETTERS)
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split()).lower()
+
+
+def _finite(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+GRADERS: dict[str, Grader] = {
+    "exact_match": exact_match,
+    "f1": f1,
+    "numeric": numeric,
+    "gaia": gaia,
+}
 
 
 def grader(name: str) -> Grader:

@@ -1,23 +1,15 @@
-"""Which episodes a training step or an evaluation runs: pure functions of questions and settings."""
+"""Which episodes a step or an evaluation runs: pure functions of questions and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_matpo.config.evaluation import TRAIN_SPLIT, EvalConfig
 from megatron_matpo.config.root import Config
 from megatron_matpo.data.dataset import Question, prompts_from
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.rollout.scheduler import GroupJob
-
-
-@dataclass(frozen=True, slots=True)
-class RowAsk:
-    """A row of an evaluation set and how many episodes of it are wanted."""
-
-    row: int
-    num_samples: int
+from megatron_matpo.types import RowAsk
 
 
 def train_jobs(

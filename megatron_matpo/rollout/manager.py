@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+from megatron_matpo.cache import ReplyCache
 from megatron_matpo.config import Config, load_resolved
 from megatron_matpo.config.evaluation import TRAIN_SPLIT
 from megatron_matpo.config.plan import Plan
@@ -28,6 +29,7 @@ from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.errors import ConfigError, MatpoError, RolloutError
 from megatron_matpo.mcp_tools.pool import McpToolBox
 from megatron_matpo.obs.failure import record_failure
+from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams
 from megatron_matpo.rollout.routing import Router
@@ -55,10 +57,16 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
             raise RolloutError(f"the manager cannot listen on {where}: {error}") from error
         chat = Chat(Tokenizer.load(config.model.path))
         questions = load_questions(config)
+        kept = config.tools.cache
+        cache = ReplyCache(kept, Path(kept.path or run_dir / "cache.sqlite"))
+        stack.callback(cache.close)
+        judge = await stack.enter_async_context(
+            Judge(config.reward.judge, cache if kept.judge else None)
+        )
         server.detail = "starting tool servers"
         tools = await stack.enter_async_context(McpToolBox(config.tools, run_dir / "logs"))
         router = await _connect(config, plan, engine_key, chat, stack)
-        manager = RolloutManager(config, router.sampler, tools, chat, questions)
+        manager = RolloutManager(config, router.sampler, tools, chat, questions, judge)
         stack.push_async_callback(server.close)  # requests end before what they use
         num_questions = sum(map(len, questions.values()))
         detail = f"{num_questions} questions, {router.num_engines} engines"

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_matpo.agents.grammar import CallOutcome
 from megatron_matpo.agents.tools import ToolBox, ToolReply, ToolSpec
 from megatron_matpo.errors import ToolError
+from megatron_matpo.rollout.refill import Collected
 from megatron_matpo.types import Episode, Group, Role, Status, Trajectory
 
 
@@ -89,6 +90,21 @@ def rollout_metrics(groups: Sequence[Group], duration_s: float) -> dict[str, flo
         if items or role is Role.PLANNER:
             values |= _role_metrics(role, items)
     return {name: float(value) for name, value in values.items()}
+
+
+def refill_metrics(collected: Collected) -> dict[str, float]:
+    """What dynamic sampling did in a step; the discarded groups are in no other metric."""
+    trajectories = [
+        item
+        for group in collected.discarded
+        for episode in group.episodes
+        for item in episode.trajectories
+    ]
+    return {
+        "rollout/rounds": float(collected.num_rounds),
+        "rollout/discarded_groups": float(len(collected.discarded)),
+        "tokens/discarded": float(sum(item.num_sampled_tokens for item in trajectories)),
+    }
 
 
 def _role_metrics(role: Role, items: Sequence[Trajectory]) -> dict[str, float]:

@@ -4,6 +4,8 @@ Invariants:
 
 * one failed episode is a status and a count, never the step's end, and never a reward of 0;
 * a retry starts afresh: nothing of the failed attempt is trained;
+* a verdict that did not come is asked again by itself, the episode is not run again; waiting for it
+  takes no other episode's place;
 * the order of groups and of samples does not depend on which episode ends first.
 """
 
@@ -19,8 +21,8 @@ from dataclasses import dataclass
 from megatron_matpo.agents.driver import EpisodeTree
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.data.dataset import Question
-from megatron_matpo.errors import RolloutError
-from megatron_matpo.rewards.combine import Scorer
+from megatron_matpo.errors import JudgeError, JudgeRefusedError, RolloutError
+from megatron_matpo.rewards.scorer import Score, Scorer
 from megatron_matpo.types import (
     INFRASTRUCTURE_FAILURES,
     Episode,
@@ -61,23 +63,26 @@ class Scheduler:
         self._config = config
         self._gate = asyncio.Semaphore(config.max_concurrent_episodes)
         self._reasons: Counter[str] = Counter()
-        self._num_failed = 0
+        self._num_episodes = self._num_failed = 0
 
     async def run(self, jobs: Sequence[GroupJob]) -> list[Group]:
         """All groups, in the order of `jobs`. Cancelling it cancels every episode.
 
+        Further calls are further rounds of the same step: failures add up.
+
         Raises:
-            RolloutError: more than `rollout.max_failed_frac` of the episodes failed; raised as soon
-                as that is certain, with the counted reasons.
+            RolloutError: more than `rollout.max_failed_frac` of the step's episodes failed; raised
+                as soon as that is certain, with the counted reasons. Or the judge refuses every
+                request.
         """
-        num_episodes = sum(job.num_samples for job in jobs)
+        self._num_episodes += sum(job.num_samples for job in jobs)
         tasks: list[list[asyncio.Task[Episode]]] = []
         try:
             async with asyncio.TaskGroup() as group:
                 for job in jobs:
                     tasks.append(
                         [
-                            group.create_task(self._episode(job, index, num_episodes))
+                            group.create_task(self._episode(job, index))
                             for index in range(job.num_samples)
                         ]
                     )
@@ -91,6 +96,9 @@ class Scheduler:
                 ground_truth=job.question.ground_truth,
                 row_index=job.row_index,
                 episodes=tuple(task.result() for task in row),
+                question_key=job.question.key,
+                level=job.question.level,
+                question_type=job.question.question_type,
             )
             for job, row in zip(jobs, tasks, strict=True)
         ]
@@ -115,7 +123,7 @@ class Scheduler:
             )
             return EpisodeTree(planner, (), "")
 
-    async def _episode(self, job: GroupJob, sample_index: int, num_episodes: int) -> Episode:
+    async def _episode(self, job: GroupJob, sample_index: int) -> Episode:
         async with self._gate:
             start = time.monotonic()
             episode_id = f"{job.uid}.{sample_index}"
@@ -127,39 +135,63 @@ class Scheduler:
                     break
                 await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
                 num_retries += 1
-        answer, reward, failure = "", None, ""
-        if is_failed:
-            failure = f"{tree.planner.status}: {tree.planner.error}"
-            self._count_failure(failure, num_episodes)
-        else:
-            answer, reward = self._scorer.score(
-                tree.said, job.question.ground_truth, (tree.planner, *tree.workers)
-            )
+            duration_s = time.monotonic() - start
+        score, failure = Score(), f"{tree.planner.status}: {tree.planner.error}"
+        if not is_failed:
+            score, failure = await self._score(episode_id, job.question, tree)
+        if failure:
+            self._count_failure(failure)
         return Episode(
             id=episode_id,
             uid=job.uid,
             sample_index=sample_index,
             planner=tree.planner,
             workers=tree.workers,
-            reward=reward,
-            answer=answer,
+            reward=score.reward,
+            answer=score.answer,
             failure=failure,
             num_retries=num_retries,
-            duration_s=time.monotonic() - start,
+            duration_s=duration_s,
         )
 
-    def _count_failure(self, reason: str, num_episodes: int) -> None:
+    async def _score(
+        self, episode_id: str, question: Question, tree: EpisodeTree
+    ) -> tuple[Score, str]:
+        """The score of an episode that ran, or why there is none."""
+        num_retries = 0
+        while True:
+            try:
+                return await self._ask_scorer(question, tree), ""
+            except JudgeRefusedError as error:
+                raise RolloutError(str(error)) from error
+            except JudgeError as error:
+                failure = f"judge_failure: {error}"
+            except Exception as error:
+                _log.exception("scoring episode %s", episode_id)
+                return Score(), f"internal_error: {error!r}"
+            if num_retries >= self._config.max_episode_retries:
+                return Score(), failure
+            await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
+            num_retries += 1
+
+    async def _ask_scorer(self, question: Question, tree: EpisodeTree) -> Score:
+        trajectories = (tree.planner, *tree.workers)
+        return await self._scorer.score(
+            question.question, tree.said, question.ground_truth, trajectories
+        )
+
+    def _count_failure(self, reason: str) -> None:
         self._reasons[reason[:_MAX_REASON_CHARS]] += 1
         self._num_failed += 1
-        allowed = self._config.max_failed_frac * num_episodes
+        allowed = self._config.max_failed_frac * self._num_episodes
         if self._num_failed > allowed:
             reasons = "; ".join(
                 f"{count} x {reason}" for reason, count in self._reasons.most_common(_MAX_REASONS)
             )
             more = len(self._reasons) - _MAX_REASONS
             raise RolloutError(
-                f"{self._num_failed} of {num_episodes} episodes failed outside the model, each "
-                f"after {self._config.max_episode_retries} retries; "
+                f"{self._num_failed} of {self._num_episodes} episodes failed outside the model, "
+                f"each after {self._config.max_episode_retries} retries; "
                 f"rollout.max_failed_frac={self._config.max_failed_frac:g} allows "
                 f"{int(allowed)}: {reasons}" + (f"; and {more} other reasons" if more > 0 else "")
             )

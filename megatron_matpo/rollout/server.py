@@ -11,25 +11,32 @@ import hmac
 import json
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from aiohttp import web
 
 from megatron_matpo import wire
+from megatron_matpo.config.evaluation import TRAIN_SPLIT
 from megatron_matpo.errors import MatpoError
-from megatron_matpo.types import PolicyVersion, RolloutBatch
+from megatron_matpo.types import PolicyVersion, RolloutBatch, RowAsk
 
 _log = logging.getLogger(__name__)
 
-SPLITS = ("train", "eval")
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 class Collector(Protocol):
     """What the server serves."""
 
-    async def collect(self, step: int, version: PolicyVersion, split: str) -> RolloutBatch:
+    async def collect(
+        self,
+        step: int,
+        version: PolicyVersion,
+        split: str,
+        asks: Sequence[RowAsk] | None,
+        position: int,
+    ) -> RolloutBatch:
         """As `RolloutManager.collect`."""
         ...
 
@@ -85,11 +92,11 @@ class ManagerServer:
         if self._collector is None:
             return _failure(503, "RolloutError", f"the rollout manager is not ready: {self.detail}")
         try:
-            step, version, split = _read_request(await request.json())
+            step, version, split, asks, position = _read_request(await request.json())
         except (ValueError, TypeError, KeyError) as error:
             return _failure(400, "ValueError", f"not a collect request: {error}")
         try:
-            batch = await self._collector.collect(step, version, split)
+            batch = await self._collector.collect(step, version, split, asks, position)
             # Large batches take seconds to encode; other requests are answered meanwhile.
             body = await asyncio.to_thread(wire.encode, batch)
             return web.Response(body=body, content_type="application/octet-stream")
@@ -102,16 +109,26 @@ class ManagerServer:
             return _failure(500, type(error).__name__, f"internal error: {error!r}")
 
 
-def _read_request(raw: object) -> tuple[int, PolicyVersion, str]:
+def _read_request(raw: object) -> tuple[int, PolicyVersion, str, list[RowAsk] | None, int]:
     if not isinstance(raw, dict):
         raise ValueError("expected a JSON object")
-    split = raw.get("split", "train")
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r}; allowed: {', '.join(SPLITS)}")
-    step, version = raw["step"], raw["policy_version"]
-    if type(step) is not int or type(version) is not int:
-        raise ValueError("step and policy_version must be integers")
-    return step, version, split
+    split, rows = raw.get("split", TRAIN_SPLIT), raw.get("rows")
+    if not isinstance(split, str):
+        raise ValueError(f"split={split!r}; expected a text")
+    step, version, position = raw["step"], raw["policy_version"], raw.get("position", 0)
+    if any(type(value) is not int for value in (step, version, position)) or position < 0:
+        raise ValueError(
+            "step, policy_version and position must be integers, position not negative"
+        )
+    asks = None if rows is None else [_read_ask(item) for item in rows]
+    return step, version, split, asks, position
+
+
+def _read_ask(raw: object) -> RowAsk:
+    match raw:
+        case [int(row), int(num_samples)] if row >= 0 and num_samples >= 1:
+            return RowAsk(row, num_samples)
+    raise ValueError(f"rows: expected pairs of a row and a number of samples, got {raw!r}")
 
 
 def _failure(status: int, kind: str, message: str) -> web.Response:

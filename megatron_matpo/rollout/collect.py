@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_matpo import wire
 from megatron_matpo.agents.driver import Driver, EpisodeLimits, EpisodeTree
+from megatron_matpo.agents.prompt_check import check_prompts
 from megatron_matpo.agents.roster import make_roster
 from megatron_matpo.agents.sampling import Sampler
 from megatron_matpo.agents.tools import ToolBox
@@ -54,7 +55,8 @@ class RolloutManager:
             judge: an entered judge, if `reward.grader` is `judge`.
 
         Raises:
-            ConfigError: an allow-list or the grader names something that does not exist.
+            ConfigError: an allow-list or the grader names something that does not exist, or the
+                rows' system prompts, which the planner is to have, offer what it may not call.
         """
         self._config = config
         self._sampler_for = sampler_for
@@ -63,12 +65,21 @@ class RolloutManager:
         self._questions = questions
         self._judge = judge
         self._roster = make_roster(config.agents, config.rollout, tools.specs())
+        for split, rows in questions.items():
+            self._report_prompts(split, rows)
         Scorer(config, judge)  # refuses what does not exist now, not in the first step
         self._limits = EpisodeLimits(
             context_tokens=config.rollout.context_length,
             timeout_s=config.rollout.episode_timeout_s,
             report_max_chars=config.tools.result_max_chars,
         )
+
+    def _report_prompts(self, split: str, rows: Sequence[Question]) -> None:
+        """Log once how the rows' system prompts differ from what the planner may call."""
+        planner = self._roster.planner
+        level = logging.WARNING if planner.takes_prompt_of_row else logging.INFO
+        for line in check_prompts(rows, planner, split):
+            _log.log(level, "%s", line)
 
     async def collect(
         self,

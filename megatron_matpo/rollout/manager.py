@@ -24,7 +24,7 @@ from megatron_matpo.config import Config, load_resolved
 from megatron_matpo.config.evaluation import TRAIN_SPLIT
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.data.chat import Chat
-from megatron_matpo.data.dataset import Question, check_servers, read_questions
+from megatron_matpo.data.dataset import Question, read_questions
 from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.errors import ConfigError, MatpoError, RolloutError
 from megatron_matpo.mcp_tools.pool import McpToolBox
@@ -100,7 +100,7 @@ async def _connect(
 
 
 def load_questions(config: Config) -> dict[str, list[Question]]:
-    """Rows by split (see `RolloutManager`), checked against what the planner may call.
+    """Rows by split (see `RolloutManager`).
 
     `matpo eval` leaves `data.train` empty; training that never evaluates does not read `eval.sets`.
     """
@@ -108,12 +108,7 @@ def load_questions(config: Config) -> dict[str, list[Question]]:
     if config.eval.is_wanted or not config.data.train:
         sources |= config.eval.named_sets
     folder = config.data.folder
-    questions = {split: read_questions(source, folder) for split, source in sources.items()}
-    planner = config.agents[config.rollout.planner]
-    if not planner.system_prompt:
-        for split, rows in questions.items():
-            check_servers(rows, planner.tools, f"{split} ({sources[split]})")
-    return questions
+    return {split: read_questions(source, folder) for split, source in sources.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

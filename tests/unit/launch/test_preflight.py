@@ -115,10 +115,10 @@ def test_a_dataset_for_another_mode_is_refused(recipe, tmp_path):
     offer = {"role": "system", "content": "## Server name: browser_agent\n"}
     row = {**ROW, "prompt": [offer, ROW["prompt"][1]]}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
-    (line,) = problems_of(recipe)
+    (line,) = problems_of(recipe, "rollout.prompts=dataset")
     assert line.startswith("data.train=")
     assert "browser_agent" in line
-    check_recipe(str(recipe), ["agents.main.system_prompt=own"], "train")
+    check_recipe(str(recipe), ["rollout.prompts=rendered"], "train")
 
 
 def test_evaluation_needs_questions(recipe):

@@ -1,4 +1,4 @@
-"""Command line: `matpo train|sft|config|report|status`. Heavy imports come after parsing."""
+"""Command line: `matpo train|sft|config|data|report|status`. Heavy imports come after parsing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 
 from megatron_matpo import __version__
 from megatron_matpo.errors import MatpoError
+from megatron_matpo.prepare.arguments import add_data_command, run_data
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("run_dir", help="folder of the run, as in runs/default")
+    add_data_command(commands)
     return parser
 
 
@@ -84,6 +86,8 @@ def _dispatch(options: argparse.Namespace) -> int:
             from megatron_matpo.config import dump_config, load_recipe
 
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
+        case "data":
+            return run_data(options)
         case "report":
             from megatron_matpo.launch.inspect import report
 

@@ -12,7 +12,7 @@ import hashlib
 import random
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -74,9 +74,28 @@ def read_questions(source: str | Path, folder: str | Path = "") -> list[Question
         for index, row in read_rows(file, _refuse, optional=("level",)):
             for field, text in core_problems(row):
                 _refuse(Problem(str(file), index, field, text))
-            system = row["prompt"][0]["content"]
-            questions.append(_question(row, len(questions), systems.setdefault(system, system)))
+            question = to_question(row, len(questions))
+            shared = systems.setdefault(question.system, question.system)
+            questions.append(replace(question, system=shared))
     return questions
+
+
+def to_question(row: dict[str, Any], position: int) -> Question:
+    """A row without `core_problems`, as the question at `position` of its data set."""
+    extra = cast("dict[str, Any]", row["extra_info"])
+    metadata = cast("dict[str, Any]", extra.get("metadata") or {})
+    return Question(
+        system=row["prompt"][0]["content"],
+        user=row["prompt"][1]["content"],
+        question=extra["question"],
+        ground_truth=row["reward_model"]["ground_truth"],
+        data_source=row["data_source"],
+        row=position,
+        level=_label(row.get("level"), metadata.get("difficulty_level"), metadata.get("level")),
+        question_type=_label(
+            metadata.get("reasoning_types"), metadata.get("type"), extra.get("question_type")
+        ),
+    )
 
 
 def check_servers(questions: Sequence[Question], allowed: Collection[str], source: str) -> None:
@@ -124,24 +143,6 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 def _refuse(problem: Problem) -> None:
     raise DataError(str(problem))
-
-
-def _question(row: dict[str, Any], position: int, system: str) -> Question:
-    """A checked row."""
-    extra = cast("dict[str, Any]", row["extra_info"])
-    metadata = cast("dict[str, Any]", extra.get("metadata") or {})
-    return Question(
-        system=system,
-        user=row["prompt"][1]["content"],
-        question=extra["question"],
-        ground_truth=row["reward_model"]["ground_truth"],
-        data_source=row["data_source"],
-        row=position,
-        level=_label(row.get("level"), metadata.get("difficulty_level"), metadata.get("level")),
-        question_type=_label(
-            metadata.get("reasoning_types"), metadata.get("type"), extra.get("question_type")
-        ),
-    )
 
 
 def _label(*values: object) -> str:

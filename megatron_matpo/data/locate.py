@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_matpo.data.schema import CONFIGS, SPLIT
+from megatron_matpo.data.schema import CONFIGS, SPLIT, DataSet, parse_name
 from megatron_matpo.errors import DataError
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(?:-[0-9a-f]+)?\.parquet")
@@ -45,13 +45,11 @@ def find_files(value: str | Path, folder: str | Path = "") -> list[Path]:
     raise DataError(_not_found(text, is_name, str(folder)))
 
 
-def config_name(value: str | Path) -> str:
-    """The config of MATPO-data that a name, file or folder is called after; empty: none."""
+def named_config(value: str | Path) -> DataSet | None:
+    """The config that a data set is called after: by its name, its file's or its folder's."""
     path = Path(value)
-    for part in (path.name, path.stem, path.parent.name):
-        if part in CONFIGS:
-            return part
-    return ""
+    candidates = map(parse_name, (path.name, path.stem, path.parent.name))
+    return next((config for config in candidates if config is not None), None)
 
 
 def _in_folder(name: str, folder: Path) -> list[Path]:

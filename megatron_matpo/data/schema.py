@@ -14,6 +14,7 @@ from __future__ import annotations
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportMissingTypeStubs=false
 # (`pyarrow` has no type information.)
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -123,6 +124,19 @@ CONFIGS: Mapping[str, DataSet] = {
     for item in (DataSet(family, mode, repeat),)
 }
 """The eight configs by name."""
+_NAME = re.compile(
+    rf"(?P<mode>{'|'.join(MODES)})_(?:train|val)_(?P<family>{'|'.join(REPEATS)})"
+    r"(?:_repeat_(?P<copies>[1-9]\d{0,3}))?"
+)
+
+
+def parse_name(name: str) -> DataSet | None:
+    """The data set of this name, also with other numbers of copies than MATPO-data has."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    found = DataSet(match["family"], match["mode"], int(match["copies"] or 1))
+    return found if found.name == name else None
 
 
 @lru_cache(maxsize=32)

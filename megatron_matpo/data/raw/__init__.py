@@ -1,0 +1,1 @@
+"""The configs of MATPO-data, built from the public raw files of their sources."""

@@ -30,14 +30,16 @@ ORDER = [
         "mcp_tools",
         "rewards",
     ),
-    *("rollout", "megatron", "weight_sync", "trainer", "launch", "__main__"),
+    *("rollout", "megatron", "weight_sync", "trainer", "launch", "prepare", "__main__"),
 ]
+RUNS = ("rollout", "megatron", "weight_sync", "trainer", "launch")
 BANNED = {
     "rollout": {"megatron", "algo"},
     "megatron": {"rollout", "agents", "mcp_tools", "rewards"},
     "weight_sync": {"rollout", "agents", "mcp_tools", "rewards"},
     "config": {"types", "wire"},
     "launch": {"trainer", "megatron", "weight_sync", "algo", "agents", "mcp_tools", "rewards"},
+    "prepare": {*("obs", "algo", "rewards"), *RUNS},
     "__main__": {"trainer", "megatron", "weight_sync", "rollout"},
 }
 # Of `rollout` the supervisor may know only how an engine is started.

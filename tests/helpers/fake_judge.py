@@ -52,6 +52,7 @@ class FakeJudge:
     base_url: str = ""
 
     async def __aenter__(self) -> Self:
+        """Listen on a free port."""
         app = web.Application()
         app.router.add_post("/v1/chat/completions", self._handle)
         self._runner = web.AppRunner(
@@ -70,6 +71,7 @@ class FakeJudge:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        """Stop; requests in progress are cancelled."""
         await self._runner.cleanup()
 
     def _behaviour(self, index: int, prompt: str) -> Behaviour:

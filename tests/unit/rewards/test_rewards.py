@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from megatron_matpo.config.reward import RewardConfig
+from megatron_matpo.config.reward import JudgeConfig, RewardConfig
+from megatron_matpo.config.root import Config
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.rewards.answer import extract_answer
-from megatron_matpo.rewards.combine import Scorer, combine, episode_format
+from megatron_matpo.rewards.combine import combine, episode_format
 from megatron_matpo.rewards.graders import grader, normalize
-from megatron_matpo.types import Role, Status, Trajectory
+from megatron_matpo.rewards.judge import Judge
+from megatron_matpo.rewards.scorer import Score, Scorer
+from megatron_matpo.types import Reward, Role, Status, Trajectory
+from tests.helpers.fake_judge import FakeJudge
+from tests.helpers.rollouts import make_config
 
 
 def trajectory(format_score: float, role: Role = Role.WORKER) -> Trajectory:
@@ -72,6 +80,19 @@ def test_extract_takes_linear_time() -> None:
         ("numeric", "none", "3", 0.0),
         ("numeric", "-2e3", "\u22122000", 1.0),
         ("numeric", "0", "0.0", 1.0),
+        ("gaia", "1,000", "1000", 1.0),
+        ("gaia", "$17.50", "17.5", 1.0),
+        ("gaia", "about 17", "17", 0.0),
+        ("gaia", "89", "89.0", 1.0),
+        ("gaia", "Ada Lovelace!", "ada lovelace", 1.0),
+        ("gaia", "seagull", "sea gull", 1.0),
+        ("gaia", "the gull", "gull", 0.0),
+        ("gaia", "a, b ,C", "A,b,c", 1.0),
+        ("gaia", "b, a", "a, b", 0.0),
+        ("gaia", "a, b, c", "a, b", 0.0),
+        ("gaia", "3; 5%", "3.0; 5", 1.0),
+        ("gaia", "3, four", "3, 4", 0.0),
+        ("gaia", "nan", "NaN", 1.0),
     ],
 )
 def test_graders(name: str, answer: str, truth: str, expected: float) -> None:
@@ -83,8 +104,8 @@ def test_normalize_keeps_something() -> None:
 
 
 def test_unknown_grader() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.grader=judge"):
-        grader("judge")
+    with pytest.raises(ConfigError, match=r"reward\.grader=oracle"):
+        grader("oracle")
 
 
 @pytest.mark.parametrize(
@@ -109,10 +130,50 @@ def test_total(
     assert reward.accuracy == accuracy
 
 
-def test_scorer_reads_only_what_the_planner_said() -> None:
-    scorer = Scorer(RewardConfig())
+def score(scorer: Scorer, said: str) -> Score:
     items = [trajectory(1.0, Role.PLANNER)]
-    assert scorer.score(r"It is \boxed{Ada}", "ada", items)[0] == "Ada"
-    answer, reward = scorer.score("I do not know", "ada", items)
-    assert (answer, reward.accuracy) == ("", 0.0)
-    assert scorer.score(r"\boxed{}", "ada", items)[1].accuracy == 0.0
+    return asyncio.run(scorer.score("Who?", said, "ada", items))
+
+
+def test_scorer_reads_only_what_the_planner_said() -> None:
+    scorer = Scorer(make_config())
+    assert score(scorer, r"It is \boxed{Ada}").answer == "Ada"
+    found = score(scorer, "I do not know")
+    assert found.answer == "" and found.reward == Reward(0.0, 1.0, 0.1)
+    found = score(scorer, r"\boxed{}")
+    assert found.reward is not None and found.reward.accuracy == 0.0
+    assert scorer.metrics() == {}
+
+
+def judged_config(**settings: Any) -> Config:
+    config = make_config()
+    judge = JudgeConfig(api_key_env="", backoff_s=0.0, **settings)
+    return replace(config, reward=RewardConfig(grader="judge", judge=judge))
+
+
+@pytest.mark.parametrize(
+    ("reply", "accuracy", "verdict"),
+    [("A", 1.0, "correct"), ("B", 0.0, "incorrect"), ("C", 0.0, "not_attempted")],
+)
+def test_a_verdict_becomes_accuracy_and_no_answer_asks_nobody(
+    reply: str, accuracy: float, verdict: str
+) -> None:
+    async def main() -> None:
+        async with FakeJudge(reply) as fake:
+            config = judged_config(base_url=fake.base_url)
+            async with Judge(config.reward.judge) as judge:
+                scorer = Scorer(config, judge)
+                items = [trajectory(0.5, Role.PLANNER)]
+                found = await scorer.score("Who?", r"\boxed{Ada}", "ada", items)
+                assert found.reward == Reward(accuracy, 0.5, 0.9 * accuracy + 0.05, verdict)
+                for said in ("I do not know", r"\boxed{ }", r"\boxed{unfinished"):
+                    nothing = await scorer.score("Who?", said, "ada", items)
+                    assert nothing.reward == Reward(0.0, 0.5, 0.05)
+                assert len(fake.prompts) == 1 and scorer.metrics()["judge/calls"] == 1
+
+    asyncio.run(main())
+
+
+def test_a_judge_that_was_not_opened_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.grader=judge"):
+        Scorer(judged_config())

@@ -1,14 +1,17 @@
-"""Command line: `matpo train|sft|config|data|report|status`. Heavy imports come after parsing."""
+"""Command line of `matpo`; heavy imports come after parsing."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 
 from megatron_matpo import __version__
 from megatron_matpo.errors import MatpoError
 from megatron_matpo.prepare.arguments import add_data_command, run_data
+
+_OVERRIDE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*=")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -61,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="resume although settings differ from those of the earlier attempt",
             )
+    _add_eval(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -69,6 +73,29 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("run_dir", help="folder of the run, as in runs/default")
     add_data_command(commands)
     return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("eval", help="evaluate a model with a recipe's agents and tools")
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument(
+        "--model", required=True, metavar="FOLDER", help="Hugging Face folder, as checkpoints/hf"
+    )
+    command.add_argument(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME_OR_PATH",
+        help="evaluation sets: names in data.folder, parquet files or folders (default: eval.sets)",
+    )
+    command.add_argument("--samples", type=int, metavar="K", help="episodes per row")
+    command.add_argument("--max-rows", type=int, metavar="N", help="rows of each set; 0: all")
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+    command.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="continue although settings, model or rows differ from those of the earlier results",
+    )
 
 
 def _dispatch(options: argparse.Namespace) -> int:
@@ -81,6 +108,22 @@ def _dispatch(options: argparse.Namespace) -> int:
                 options.recipe,
                 options.overrides,
                 accept_changes=options.accept_changes,
+            )
+        case "eval":
+            from megatron_matpo.launch.eval import EvalRequest, evaluate
+
+            # `--data A B run.name=x`: what looks like an override is one.
+            taken = [item for item in options.data if _OVERRIDE.match(item)]
+            return evaluate(
+                EvalRequest(
+                    recipe=options.recipe,
+                    model=options.model,
+                    data=[item for item in options.data if item not in taken],
+                    samples=options.samples,
+                    max_rows=options.max_rows,
+                    overrides=[*taken, *options.overrides],
+                    accept_changes=options.accept_changes,
+                )
             )
         case "config":
             from megatron_matpo.config import dump_config, load_recipe

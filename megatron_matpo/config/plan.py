@@ -72,16 +72,18 @@ def num_ports(config: Config) -> int:
     return 3 + 2 * config.rollout.num_servers
 
 
-def make_plan(config: Config, ports: list[int]) -> Plan:
+def make_plan(config: Config, ports: list[int], *, has_trainer: bool = True) -> Plan:
     """Place the roles of a one-node run.
 
     Args:
         config: a validated configuration.
         ports: `num_ports(config)` free ports of the node.
+        has_trainer: False gives the engines all GPUs (`matpo eval`).
     """
     assert len(ports) >= num_ports(config), "one port for each listener"
     host = config.cluster.host
-    first_gpu = config.parallel.world_size if config.cluster.device == "cuda" else 0
+    num_ranks = config.parallel.world_size if has_trainer else 0
+    first_gpu = num_ranks if config.cluster.device == "cuda" else 0
     per_engine = config.rollout.tensor if config.cluster.device == "cuda" else 0
     engines = tuple(
         EnginePlace(
@@ -98,7 +100,7 @@ def make_plan(config: Config, ports: list[int]) -> Plan:
         num_nodes=config.cluster.num_nodes,
         trainer_host=host,
         trainer_port=ports[0],
-        trainer_ranks_per_node=(config.parallel.world_size,),
+        trainer_ranks_per_node=(num_ranks,),
         manager_host=host,
         manager_port=ports[1],
         weight_sync_port=ports[2],

@@ -24,7 +24,7 @@ from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tools
 from megatron_matpo.errors import ConfigError
 
-Command = Literal["train", "sft"]
+Command = Literal["train", "sft", "eval"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "compat": ("corrected", "reference"),
@@ -156,7 +156,9 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
     problems = [*check_values(config), *_check_model(config, command)]
     if command == "train":
         problems += _check_train(config)
-        if not config.rollout.replay:
+    if command in ("train", "eval"):
+        problems += _check_gpus(config, command)
+        if command == "eval" or not config.rollout.replay:
             problems += [*check_planner(config), *check_agent_limits(config)]
             problems += _check_rollout(config)
             problems += [*_check_programs(config), *check_judge_key(config)]
@@ -268,7 +270,7 @@ def _check_rollout(config: Config) -> Iterator[str]:
 
 
 def _check_train(config: Config) -> Iterator[str]:
-    data, algo, cluster = config.data, config.algo, config.cluster
+    data, algo = config.data, config.algo
     episodes = data.prompts_per_step * data.samples_per_prompt
     if algo.updates_per_step > episodes:
         yield (
@@ -281,16 +283,21 @@ def _check_train(config: Config) -> Iterator[str]:
         yield "reward.accuracy_weight=0: accuracy_weight + format_weight must be greater than 0"
     if config.rollout.replay and not Path(config.rollout.replay).is_dir():
         yield f"rollout.replay={config.rollout.replay}: no such folder"
-    if cluster.device == "cuda":
-        engines = config.rollout.num_servers * config.rollout.tensor
-        engines = 0 if config.rollout.replay else engines
-        needed = config.parallel.world_size + engines
-        if needed > cluster.gpus_per_node:
-            yield (
-                f"cluster.gpus_per_node={cluster.gpus_per_node}: the run needs {needed}: "
-                f"{config.parallel.world_size} trainer ranks (parallel.*) and {engines} for "
-                "engines (rollout.num_servers * rollout.tensor)"
-            )
+
+
+def _check_gpus(config: Config, command: Command) -> Iterator[str]:
+    if config.cluster.device == "cpu":
+        return
+    ranks = config.parallel.world_size if command == "train" else 0
+    engines = config.rollout.num_servers * config.rollout.tensor
+    engines = 0 if command == "train" and config.rollout.replay else engines
+    if ranks + engines > config.cluster.gpus_per_node:
+        trainer = f"{ranks} trainer ranks (parallel.*) and " if ranks else ""
+        yield (
+            f"cluster.gpus_per_node={config.cluster.gpus_per_node}: the run needs "
+            f"{ranks + engines}: {trainer}{engines} for engines "
+            "(rollout.num_servers * rollout.tensor)"
+        )
 
 
 def _check_model(config: Config, command: Command) -> Iterator[str]:
@@ -321,8 +328,9 @@ def _check_layout(config: Config, command: Command) -> Iterator[str]:
     except ConfigError as error:
         yield str(error)
         return
-    yield from check_layout(hf, config.parallel)
-    if command == "train" and config.rollout.context_length > hf.max_positions:
+    if command != "eval":
+        yield from check_layout(hf, config.parallel)
+    if command != "sft" and config.rollout.context_length > hf.max_positions:
         yield (
             f"rollout.context_length={config.rollout.context_length}: {config.model.path} has "
             f"{hf.max_positions} positions (max_position_embeddings)"

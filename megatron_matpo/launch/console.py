@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from megatron_matpo.obs.metrics import FILE_NAME
 from megatron_matpo.obs.progress import eta_s, format_duration, format_progress
@@ -47,6 +47,14 @@ class Console:
         with contextlib.suppress(OSError):
             self._stream.write(text)
             self._stream.flush()
+
+
+class View(Protocol):
+    """What a supervisor shows while a run is on."""
+
+    def update(self) -> None:
+        """Show what is new; called every half second and once at the end."""
+        ...
 
 
 class ProgressView:

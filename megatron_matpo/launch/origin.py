@@ -128,7 +128,8 @@ def _phase_of(run_dir: Path, name: str) -> str:
 
 
 def _from_record(failure: Failure) -> Origin:
-    name = failure.role if failure.role == "manager" else f"{failure.role}-{failure.rank}"
+    is_single = failure.role in ("manager", "evaluation")
+    name = failure.role if is_single else f"{failure.role}-{failure.rank}"
     what = f"{failure.type}: {failure.message}".replace("\n", "\n  ")
     code = 2 if failure.exit_code == 2 else 1
     return Origin(name, failure.phase, what, name, code)

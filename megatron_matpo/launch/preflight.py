@@ -33,6 +33,8 @@ def machine_violations(config: Config, command: Command) -> list[str]:
         problems += _dataset_violations(config, "data.train", config.data.train)
         if config.eval.is_wanted:
             problems += _eval_set_violations(config)
+    if command == "eval":
+        problems += _eval_set_violations(config)
     if command == "train" and config.rollout.replay:
         problems += _recording_violations(config)
     if command == "sft":

@@ -57,13 +57,20 @@ class RoleSpec:
 
 
 def plan_roles(config: Config, plan: Plan, run_dir: Path, command: Command) -> list[RoleSpec]:
-    """All roles of the run: engines and manager, unless episodes are replayed, and the trainer."""
+    """All roles of the run.
+
+    Engines and manager, unless episodes are replayed or none are needed; and what the run is for:
+    the trainer, or the evaluation.
+    """
     own = RunSecrets()
     roles: list[RoleSpec] = []
-    if command == "train" and not config.rollout.replay:
+    if command == "eval" or (command == "train" and not config.rollout.replay):
         roles += [_engine(config, place, own) for place in plan.engines]
         roles.append(_manager(config, plan, run_dir, own))
-    roles.append(_trainer(config, plan, run_dir, command, own))
+    if command == "eval":
+        roles.append(_evaluation(config, run_dir, own))
+    else:
+        roles.append(_trainer(config, plan, run_dir, _ENTRIES[command], own))
     return roles
 
 
@@ -88,13 +95,21 @@ def _manager(config: Config, plan: Plan, run_dir: Path, own: RunSecrets) -> Role
     )
 
 
-def _trainer(
-    config: Config, plan: Plan, run_dir: Path, command: Command, own: RunSecrets
-) -> RoleSpec:
+def _evaluation(config: Config, run_dir: Path, own: RunSecrets) -> RoleSpec:
+    return RoleSpec(
+        name="evaluation",
+        argv=(sys.executable, "-m", "megatron_matpo.evaluation.main", "--run-dir", str(run_dir)),
+        env={**_environment(config), **_secret_env(own)},
+        is_ready=lambda: any(status.role == "evaluation" for status in read_status(run_dir)),
+        ends_run=True,
+    )
+
+
+def _trainer(config: Config, plan: Plan, run_dir: Path, entry: str, own: RunSecrets) -> RoleSpec:
     argv = [sys.executable, "-m", "megatron_matpo.launch.torchrun", "--run-dir", str(run_dir)]
     return RoleSpec(
         name="trainer",
-        argv=(*argv, "--entry", _ENTRIES[command]),
+        argv=(*argv, "--entry", entry),
         env={**_environment(config), **_secret_env(own)},
         is_ready=lambda: trainer_is_ready(run_dir, sum(plan.trainer_ranks_per_node)),
         ends_run=True,

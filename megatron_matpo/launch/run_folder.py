@@ -18,6 +18,7 @@ from megatron_matpo.config.load import diff_configs, dump_config, load_resolved
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.config.root import Config
 from megatron_matpo.errors import ConfigError, MatpoError
+from megatron_matpo.evaluation.inputs import has_results
 from megatron_matpo.launch.torchrun_files import EXITS_FILE
 from megatron_matpo.obs import failure
 from megatron_matpo.obs.status import clear_status
@@ -54,6 +55,20 @@ CHANGEABLE = (
     "sft.steps",
     "sft.export",
 )
+# An evaluation also resumes when settings differ that only a trainer reads. Which model and rows
+# its results belong to is compared by content (`evaluation.inputs`).
+CHANGEABLE_EVAL = (
+    *CHANGEABLE,
+    "run.steps",
+    "data.*",
+    "parallel.*",
+    "precision",
+    "algo.*",
+    "optim.*",
+    "train.*",
+    "weight_sync.*",
+    "sft.*",
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +90,7 @@ def open_run_folder(
 
     Args:
         config: a checked configuration.
-        command: `train` or `sft`.
+        command: `train`, `sft` or `eval`.
         accept_changes: resume although settings differ that change what a step computes.
 
     Returns:
@@ -138,10 +153,10 @@ def _lock(path: Path) -> int:
 
 
 def _check_same_run(path: Path, config: Config, command: str, accept_changes: bool) -> bool:
-    """Whether the folder holds a checkpoint to resume from; an error if it is another run's."""
+    """Whether the folder holds something to resume from; an error if it is another run's."""
     if not (path / CONFIG_FILE).is_file():
         return False
-    if not (path / "checkpoints" / "latest").is_file():
+    if not (path / "checkpoints" / "latest").is_file() and not has_results(path):
         return False  # nothing was kept of the earlier attempt, so it binds nobody
     before = previous_command(path)
     if before not in ("", command):
@@ -158,10 +173,11 @@ def _check_same_run(path: Path, config: Config, command: str, accept_changes: bo
             f"(another version wrote it?); choose another run.name, or resume with "
             f"--accept-changes:\n{error}"
         ) from error
+    changeable = CHANGEABLE_EVAL if command == "eval" else CHANGEABLE
     changed = {
         key: values
         for key, values in diff_configs(old, config).items()
-        if not any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)
+        if not any(fnmatchcase(key, pattern) for pattern in changeable)
     }
     if changed and not accept_changes:
         lines = [f"  {key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
@@ -173,7 +189,7 @@ def _check_same_run(path: Path, config: Config, command: str, accept_changes: bo
 
 
 def previous_command(path: Path) -> str:
-    """`train` or `sft`, whichever used the folder last; empty if none did."""
+    """`train`, `sft` or `eval`, whichever used the folder last; empty if none did."""
     try:
         return str(json.loads((path / _RUN_FILE).read_text())["command"])
     except (OSError, ValueError, KeyError, TypeError):

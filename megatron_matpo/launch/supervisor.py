@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_matpo.launch.console import Console, ProgressView
+from megatron_matpo.launch.console import Console, View
 from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
 from megatron_matpo.launch.roles import RoleSpec
@@ -54,7 +54,7 @@ class Supervisor:
         roles: Sequence[RoleSpec],
         limits: Limits,
         console: Console,
-        view: ProgressView,
+        view: View,
     ) -> None:
         """`run_dir` holds `logs/` and `status/`; exactly one role has `ends_run`."""
         self._run_dir, self._roles, self._limits = run_dir, roles, limits
@@ -168,9 +168,7 @@ class Supervisor:
     def _interrupted(self) -> int:
         number = self._signals[0]
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self._console.line(
-            f"{name}: stopping everything; the same command resumes from the last checkpoint"
-        )
+        self._console.line(f"{name}: stopping everything; the same command resumes what was saved")
         return 130 if number == signal.SIGINT else 143
 
     def _ends_run(self, child: Child) -> bool:

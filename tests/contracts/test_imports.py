@@ -30,13 +30,15 @@ ORDER = [
         "mcp_tools",
         "rewards",
     ),
-    *("rollout", "megatron", "weight_sync", "trainer", "launch", "prepare", "__main__"),
+    *("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch", "prepare"),
+    "__main__",
 ]
-RUNS = ("rollout", "megatron", "weight_sync", "trainer", "launch")
+RUNS = ("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch")
 BANNED = {
     "rollout": {"megatron", "algo"},
-    "megatron": {"rollout", "agents", "mcp_tools", "rewards"},
-    "weight_sync": {"rollout", "agents", "mcp_tools", "rewards"},
+    "evaluation": {"algo", "agents", "mcp_tools"},
+    "megatron": {"rollout", "evaluation", "agents", "mcp_tools", "rewards"},
+    "weight_sync": {"rollout", "evaluation", "agents", "mcp_tools", "rewards"},
     "config": {"types", "wire"},
     "launch": {"trainer", "megatron", "weight_sync", "algo", "agents", "mcp_tools", "rewards"},
     "prepare": {*("obs", "algo", "rewards"), *RUNS},

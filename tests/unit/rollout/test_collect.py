@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,17 @@ import pytest
 from megatron_matpo import wire
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.run import ObsConfig
-from megatron_matpo.errors import ConfigError, EngineUnreachable, RolloutError, ToolError
+from megatron_matpo.errors import (
+    ConfigError,
+    EngineRejected,
+    EngineUnreachable,
+    RolloutError,
+    ToolError,
+)
 from megatron_matpo.obs import metrics as registry
 from megatron_matpo.rollout import scheduler
 from megatron_matpo.rollout.collect import RolloutManager
-from megatron_matpo.types import RolloutBatch, Status
+from megatron_matpo.types import RolloutBatch, RowAsk, Status
 from tests.helpers.rollouts import (
     FakeEngine,
     FakeToolBox,
@@ -51,6 +58,7 @@ def collect(
     config: Config | None = None,
     tools: FakeToolBox | None = None,
     split: str = "train",
+    asks: Sequence[RowAsk] | None = None,
     step: int = 1,
     **engine: Any,
 ) -> tuple[RolloutBatch, FakeEngine]:
@@ -62,7 +70,7 @@ def collect(
         make_chat(),
         QUESTIONS,
     )
-    return asyncio.run(manager.collect(step, 0, split)), fake
+    return asyncio.run(manager.collect(step, 0, split, asks)), fake
 
 
 def test_a_training_step() -> None:
@@ -93,6 +101,22 @@ def test_evaluation_asks_the_first_rows_once() -> None:
     batch, _ = collect(split="eval", step=7)
     assert [group.question for group in batch.groups] == ["Which 0?", "Which 1?", "Which 2?"]
     assert all(len(group.episodes) == 1 for group in batch.groups)
+
+
+def test_an_evaluation_can_ask_for_certain_rows() -> None:
+    batch, _ = collect(split="eval", asks=[RowAsk(3, 2), RowAsk(1, 1)])
+    assert [(group.row_index, len(group.episodes)) for group in batch.groups] == [(3, 2), (1, 1)]
+    with pytest.raises(ConfigError, match="eval: has 4 rows, so there is no row 4"):
+        collect(split="eval", asks=[RowAsk(4, 1)])
+
+
+def test_who_asks_for_rows_gets_what_came_and_counts_failures_itself() -> None:
+    config = make_config(max_failed_frac=0.0, max_episode_retries=0)
+    broken = lambda conversation, turn, text: EngineRejected("down")  # noqa: E731
+    batch, _ = collect(broken, config, split="eval", asks=[RowAsk(0, 2)])
+    assert [episode.reward for episode in batch.groups[0].episodes] == [None, None]
+    with pytest.raises(RolloutError):
+        collect(broken, config, split="eval")
 
 
 def test_concurrency_is_bounded() -> None:
@@ -204,5 +228,5 @@ def test_training_steps_are_recorded_and_evaluations_are_not(tmp_path: Path) -> 
 def test_settings_that_name_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.planner=boss"):
         collect(config=make_config(planner="boss"))
-    with pytest.raises(ConfigError, match=r"data\.test: there are no rows"):
+    with pytest.raises(ConfigError, match="split=test: no such questions; the manager has train, eval"):
         collect(split="test")

@@ -91,7 +91,8 @@ def test_collect_needs_the_token(headers: dict[str, str]) -> None:
         (b"[]", "expected a JSON object"),
         (b'{"step": 1}', "policy_version"),
         (b'{"step": "1", "policy_version": 0}', "must be integers"),
-        (b'{"step": 1, "policy_version": 0, "split": "test"}', "allowed: train, eval"),
+        (b'{"step": 1, "policy_version": 0, "split": 3}', "expected a text"),
+        (b'{"step": 1, "policy_version": 0, "rows": [[1, 0]]}', "pairs of a row"),
     ],
 )
 def test_wrong_requests_are_named(body: bytes, words: str) -> None:
@@ -112,7 +113,7 @@ def test_wrong_requests_are_named(body: bytes, words: str) -> None:
 )
 def test_failures_are_json(error: Exception, kind: str, text: str) -> None:
     class Collector:
-        async def collect(self, step: int, version: int, split: str) -> None:
+        async def collect(self, *request: Any) -> None:
             raise error
 
     async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
@@ -128,7 +129,7 @@ def test_what_nobody_waits_for_is_cancelled(way: str) -> None:
     state = {"begun": asyncio.Event(), "cancelled": asyncio.Event()}
 
     class Collector:
-        async def collect(self, step: int, version: int, split: str) -> None:
+        async def collect(self, *request: Any) -> None:
             state["begun"].set()
             try:
                 await asyncio.sleep(30)

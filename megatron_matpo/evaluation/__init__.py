@@ -1,0 +1,1 @@
+"""Statistics of evaluations, their results on disk, and the table. Torch-free."""

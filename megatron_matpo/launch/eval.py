@@ -1,0 +1,167 @@
+"""`matpo eval`: engines, manager and the evaluation process under the same supervisor as a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_matpo.config.plan import make_plan, num_ports
+from megatron_matpo.config.root import Config
+from megatron_matpo.data.dataset import read_questions
+from megatron_matpo.evaluation.inputs import (
+    FOLDER,
+    Inputs,
+    has_results,
+    merge_inputs,
+    model_fingerprint,
+    read_inputs,
+    set_fingerprint,
+    write_inputs,
+)
+from megatron_matpo.evaluation.table import REPORT, RESULTS
+from megatron_matpo.launch.console import Console
+from megatron_matpo.launch.guard import run_guarded
+from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.launch.preflight import check_recipe
+from megatron_matpo.launch.roles import plan_roles
+from megatron_matpo.launch.run_folder import open_run_folder
+from megatron_matpo.launch.supervisor import Limits, Supervisor
+from megatron_matpo.obs.progress import format_duration
+from megatron_matpo.obs.status import read_status
+
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+# Last parts of a model's path that say nothing: RUN/checkpoints/hf is called RUN.
+_NAMELESS = ("hf", "checkpoints", "")
+_SPINNER = "|/-\\"
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """The command line of `matpo eval`."""
+
+    recipe: str
+    model: str
+    data: list[str]
+    """Replaces `eval.sets`; empty: the recipe's."""
+    samples: int | None = None
+    """Replaces `eval.samples_per_row`."""
+    max_rows: int | None = None
+    """Replaces `eval.max_rows`."""
+    overrides: list[str] = field(default_factory=list[str])
+    accept_changes: bool = False
+
+    def all_overrides(self) -> list[str]:
+        """The options as overrides, after those of the user.
+
+        The run is called after recipe and model unless the user names it: the recipe's own name
+        belongs to its training run.
+        """
+        # JSON is YAML; a path may hold what YAML would read as something else.
+        options = [f"model.path={json.dumps(self.model)}", "data.train=", "rollout.replay="]
+        if self.data:
+            options.append(f"eval.sets={json.dumps(self.data)}")
+        if self.samples is not None:
+            options.append(f"eval.samples_per_row={self.samples}")
+        if self.max_rows is not None:
+            options.append(f"eval.max_rows={self.max_rows}")
+        named = f"run.name={json.dumps(default_name(self.recipe, self.model))}"
+        return [named, *self.overrides, *options]
+
+
+def default_name(recipe: str, model: str) -> str:
+    """`eval-RECIPE-MODEL`, fit for a folder."""
+    parts = [part for part in Path(model).parts if part not in _NAMELESS]
+    name = f"eval-{Path(recipe).stem}-{parts[-1] if parts else 'model'}"
+    return _UNFIT.sub("_", name)
+
+
+def evaluate(request: EvalRequest) -> int:
+    """Evaluate to the end and return the exit code (see `launch.supervisor`).
+
+    Raises:
+        ConfigError: nothing was started; one line for every violation.
+        MatpoError: the run folder is in use, or a port is taken; nothing was started.
+    """
+    config = check_recipe(request.recipe, request.all_overrides(), "eval")
+    console = Console(sys.stdout)
+    path = Path(config.run_dir).resolve()
+    before = read_inputs(path) if has_results(path) else None
+    inputs = merge_inputs(
+        before, _inputs(config), config.run.name, accept_changes=request.accept_changes
+    )
+    folder, is_resumed = open_run_folder(config, "eval", accept_changes=request.accept_changes)
+    if is_resumed and request.accept_changes:
+        inputs = Inputs(inputs.model, inputs.sets, has_mixed_settings=True)
+    write_inputs(folder.path, inputs)
+    (folder.path / FOLDER / REPORT).unlink(missing_ok=True)
+    ports = free_ports(config.cluster.host, num_ports(config), config.cluster.base_port)
+    plan = make_plan(config, ports, has_trainer=False)
+    folder.write_plan(plan)
+    count, names = config.rollout.num_servers, ", ".join(config.eval.named_sets)
+    console.line(
+        f"{'resuming' if is_resumed else 'starting'} {config.run_dir} on {config.cluster.device}: "
+        f"{count} engine{'s' * (count > 1)} with {config.model.path}, evaluating {names}"
+    )
+
+    def supervise() -> int:
+        started = time.monotonic()
+        roles = plan_roles(config, plan, folder.path, "eval")
+        limits = Limits(config.run.start_timeout_s, config.run.stop_grace_s)
+        view = EvalView(folder.path, console)
+        code = Supervisor(folder.path, roles, limits, console, view).run()
+        if code == 0:
+            results = folder.path / FOLDER
+            console.line("\n" + (results / REPORT).read_text(encoding="utf-8"))
+            elapsed = format_duration(time.monotonic() - started)
+            console.line(f"done in {elapsed}; results in {config.run_dir}/{FOLDER}/{RESULTS}")
+        return code
+
+    return run_guarded(supervise, config.run.stop_grace_s)
+
+
+def _inputs(config: Config) -> Inputs:
+    sets = {
+        name: set_fingerprint(read_questions(entry, config.data.folder))
+        for name, entry in config.eval.named_sets.items()
+    }
+    return Inputs(model_fingerprint(Path(config.model.path)), sets)
+
+
+class EvalView:
+    """Follows the evaluation's status file and shows it on a console."""
+
+    def __init__(self, run_dir: Path, console: Console) -> None:
+        """`console` gets a line for every chunk that has come."""
+        self._run_dir, self._console = run_dir, console
+        self._shown: dict[str, str] = {}
+        self._started = time.time()
+        self._ticks = 0
+
+    def update(self) -> None:
+        """Print what has changed since the last call, and the live line."""
+        phase = "starting"
+        for status in read_status(self._run_dir):
+            if status.role == "evaluation":
+                phase = status.phase
+                for name, counts in status.fields.get("sets", {}).items():
+                    self._show(name, counts)
+        self._ticks += 1
+        spinner = _SPINNER[self._ticks % len(_SPINNER)]
+        spent = format_duration(time.time() - self._started)
+        self._console.transient(f"{spinner} {phase} {spent}")
+
+    def _show(self, name: str, counts: dict[str, float]) -> None:
+        """One line, the first time with what earlier starts left."""
+        scored, failed = int(counts["scored"]), int(counts["failed"])
+        line = f"{name}: {scored} of {int(counts['wanted'])} episodes"
+        if scored:
+            line += f", mean accuracy {100 * counts['accuracy_sum'] / scored:.2f}"
+        if failed:
+            line += f", {failed} failed outside the model"
+        if self._shown.get(name) != line and (scored or failed):
+            self._console.line(line)
+        self._shown[name] = line

@@ -149,13 +149,8 @@ def decode(data: bytes, source: str = "rollout batch") -> RolloutBatch:
         Group(episodes=tuple(episode(item) for item in raw.pop("episodes")), **raw)
         for raw in header["groups"]
     )
-    return RolloutBatch(
-        header["step"],
-        header["policy_version"],
-        groups,
-        header["metrics"],
-        header["next_position"],
-    )
+    plain = ("step", "policy_version", "metrics", "next_position")
+    return RolloutBatch(groups=groups, **{name: header[name] for name in plain})
 
 
 def recording_path(folder: Path, step: int) -> Path:

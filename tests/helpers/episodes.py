@@ -90,4 +90,4 @@ def make_batch(seed: int, *, num_groups: int = 4, max_workers: int = 3) -> Rollo
             for i in range(rng.randint(1, 6))
         ]
         groups.append(Group(uid, "world", f"question {g}", "truth", g, tuple(episodes)))
-    return RolloutBatch(7, 3, tuple(groups), {"rollout/episodes": 12.0})
+    return RolloutBatch(7, 3, tuple(groups), {"rollout/episodes": 12.0}, next_position=28)

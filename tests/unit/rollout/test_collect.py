@@ -60,6 +60,7 @@ def collect(
     split: str = "train",
     asks: Sequence[RowAsk] | None = None,
     step: int = 1,
+    position: int = 0,
     **engine: Any,
 ) -> tuple[RolloutBatch, FakeEngine]:
     fake = FakeEngine(script, **engine)
@@ -70,7 +71,7 @@ def collect(
         make_chat(),
         QUESTIONS,
     )
-    return asyncio.run(manager.collect(step, 0, split, asks)), fake
+    return asyncio.run(manager.collect(step, 0, split, asks, position)), fake
 
 
 def test_a_training_step() -> None:
@@ -90,11 +91,14 @@ def test_a_training_step() -> None:
     assert wire.decode(wire.encode(batch)).groups[0].uid == batch.groups[0].uid
 
 
+def rows_of(batch: RolloutBatch) -> list[int]:
+    return [group.row_index for group in batch.groups]
+
+
 def test_two_collections_ask_the_same_questions() -> None:
-    rows = [[group.row_index for group in collect(step=2)[0].groups] for _ in range(2)]
-    assert rows[0] == rows[1]
-    epoch = [group.row_index for step in (1, 2) for group in collect(step=step)[0].groups]
-    assert len(set(epoch)) == 4
+    first, again = (collect(position=2)[0] for _ in range(2))
+    assert rows_of(first) == rows_of(again) and first.next_position == 4
+    assert len({*rows_of(collect(position=0)[0]), *rows_of(first)}) == 4
 
 
 def test_evaluation_asks_the_first_rows_once() -> None:

@@ -91,6 +91,8 @@ def test_collect_needs_the_token(headers: dict[str, str]) -> None:
         (b"[]", "expected a JSON object"),
         (b'{"step": 1}', "policy_version"),
         (b'{"step": "1", "policy_version": 0}', "must be integers"),
+        (b'{"step": 1, "policy_version": 0, "position": "3"}', "must be integers"),
+        (b'{"step": 1, "policy_version": 0, "position": -1}', "position not negative"),
         (b'{"step": 1, "policy_version": 0, "split": 3}', "expected a text"),
         (b'{"step": 1, "policy_version": 0, "rows": [[1, 0]]}', "pairs of a row"),
     ],

@@ -69,10 +69,10 @@ def rollouts(server, step_timeout_s=20.0, start_timeout_s=1.0):
 def test_a_batch_arrives_whole(server):
     source = rollouts(server)
     source.connect()
-    assert source.collect(1, 7) == BATCH
+    assert source.collect(1, 7, position=40) == BATCH
     (authorization, body) = server.requests[0]
     assert authorization == "Bearer secret-token"
-    assert body == {"step": 1, "policy_version": 7, "split": "train"}
+    assert body == {"step": 1, "policy_version": 7, "split": "train", "position": 40}
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def fit_replies(
     total = num_tokens(replies)
     if total <= room:
         return list(replies)
+    replies = [chat.harmless(reply) for reply in replies]
     sizes = [chat.num_tokens(reply) for reply in replies]
     budget = sum(sizes) - (total - room)
     for _ in range(_MAX_TRIES):

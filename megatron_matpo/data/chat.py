@@ -85,7 +85,7 @@ class Chat:
             replies: contents of the user messages to append, in order; at least one.
             sampled_ids: the turn that they follow; only its last token is looked at.
         """
-        text = self._after_sampled([self._defuse(reply) for reply in replies])
+        text = self._after_sampled([self.harmless(reply) for reply in replies])
         ids = self._tokenizer.encode(text)
         assert ids[0] == self.end_of_turn_id, "the text after a turn starts with its end"
         if sampled_ids and sampled_ids[-1] == self.end_of_turn_id:
@@ -96,13 +96,24 @@ class Chat:
         """Text of a sampled turn, the closing token included."""
         return self._tokenizer.decode(ids)
 
+    def harmless(self, text: str) -> str:
+        """Text from outside, its special tokens broken with a zero-width space.
+
+        Lone surrogates, which have no UTF-8 form and hence no tokens, become question marks. What
+        is harmless already stays as it is.
+        """
+        text = text.encode("utf-8", "replace").decode()
+        if self._special is None:
+            return text
+        return self._special.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
+
     def num_tokens(self, text: str) -> int:
-        """Length of a text from outside, as it would stand in a message."""
-        return len(self._tokenizer.encode(self._defuse(text)))
+        """Length of a harmless text."""
+        return len(self._tokenizer.encode(text))
 
     def cut(self, text: str, max_tokens: int) -> str:
-        """The beginning of a text from outside, at most `max_tokens` tokens long."""
-        return self._tokenizer.cut(_encodable(text), max_tokens)
+        """The beginning of a harmless text, at most `max_tokens` tokens long."""
+        return self._tokenizer.cut(text, max_tokens)
 
     def visible(self, text: str) -> str:
         """A decoded turn without the special tokens at its end.
@@ -112,18 +123,11 @@ class Chat:
         return text if self._closing is None else self._closing.sub("", text)
 
     def _render_initial(self, system: str, user: str) -> tuple[tuple[int, ...], str]:
-        messages = [{"role": "user", "content": self._defuse(user)}]
+        messages = [{"role": "user", "content": self.harmless(user)}]
         if system:
             messages.insert(0, {"role": "system", "content": system})
         text = self._tokenizer.render(messages, add_generation_prompt=True)
         return tuple(self._tokenizer.encode(text)), text
-
-    def _defuse(self, text: str) -> str:
-        """Break special tokens in text from outside with a zero-width space."""
-        text = _encodable(text)
-        if self._special is None:
-            return text
-        return self._special.sub(lambda match: match[0][0] + _BREAK + match[0][1:], text)
 
     def _after_sampled(self, replies: Sequence[str], history: Sequence[Message] = _HISTORY) -> str:
         """What the template writes after a sampled turn that is followed by `replies`.
@@ -187,8 +191,3 @@ class Chat:
             raise self._refuse(f"it refuses a system message ({error})") from error
         if "Be brief." not in text:
             raise self._refuse("the template drops the system message")
-
-
-def _encodable(text: str) -> str:
-    """`text` with question marks for lone surrogates, which have no UTF-8 form, hence no tokens."""
-    return text.encode("utf-8", "replace").decode()

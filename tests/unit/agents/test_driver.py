@@ -5,65 +5,26 @@ The engine and the tools are fakes; the tokenizer is real but has one token per 
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import pytest
 
-from megatron_matpo.agents.driver import Driver, EpisodeLimits, EpisodeTree
 from megatron_matpo.agents.roster import make_roster
 from megatron_matpo.config.agents import AgentConfig
-from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import ConfigError, EngineTimeout, ToolError
 from megatron_matpo.types import Role, Status, TurnKind
+from tests.helpers.play import AGENTS, LIMITS, ROLLOUT, SINGLE, TASK, by_role, play
 from tests.helpers.rollouts import (
     CHATML,
     LLAMA3,
     MISTRAL,
     THINKING,
-    FakeEngine,
     FakeToolBox,
-    Script,
     call,
     delegate,
     make_chat,
-    make_tokenizer,
     search,
 )
-
-ENDS = {CHATML: "<|im_end|>", THINKING: "<|im_end|>", LLAMA3: "<|eot_id|>", MISTRAL: "</s>"}
-AGENTS = {
-    "planner": AgentConfig(role="planner", tools=["browser"], max_turns=4, final_summary="never"),
-    "browser": AgentConfig(role="worker", tools=["web"], max_turns=3, final_summary="never"),
-}
-SINGLE = {"planner": AgentConfig(role="planner", tools=["web"], max_turns=4, final_summary="never")}
-LIMITS = EpisodeLimits(context_tokens=6000, timeout_s=5.0, report_max_chars=200)
-ROLLOUT = RolloutConfig(planner="planner", prompts="dataset")
-TASK = 'Who is "Bob"? {subtask} Box it.'
-
-
-def play(
-    script: Script,
-    agents: dict[str, AgentConfig] = AGENTS,
-    tools: FakeToolBox | None = None,
-    template: str = CHATML,
-    limits: EpisodeLimits = LIMITS,
-    delay_s: float = 0.0,
-    rollout: RolloutConfig = ROLLOUT,
-) -> tuple[EpisodeTree, FakeEngine, FakeToolBox]:
-    tools = tools or FakeToolBox()
-    engine = FakeEngine(script, make_tokenizer(template), ENDS[template], delay_s=delay_s)
-    roster = make_roster(agents, rollout, tools.specs())
-    driver = Driver(roster, make_chat(template), tools, limits)
-    return asyncio.run(driver.run(engine, "e0", "You plan.", TASK)), engine, tools
-
-
-def by_role(planner: list[str], worker: list[str]) -> Script:
-    def script(conversation: str, turn: int, text: str) -> str:
-        return (planner if conversation.endswith(".p") else worker)[turn]
-
-    return script
-
 
 MATPO = by_role(
     [delegate("find it"), "It is \\boxed{Ada}"],

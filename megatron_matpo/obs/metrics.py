@@ -210,10 +210,42 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("judge/cache_hits", "count", "sum", "Verdicts that took no request."),
     MetricSpec("judge/latency_s_mean", "s", "mean over answered requests", "Duration."),
     MetricSpec(
-        "eval/*",
+        "eval/*/mean@*/low",
+        "[0, 1]",
+        "bootstrap over the set's questions",
+        "Lower end of the mean's interval (`eval.confidence`).",
+    ),
+    MetricSpec(
+        "eval/*/mean@*/high", "[0, 1]", "bootstrap over the set's questions", "Upper end of it."
+    ),
+    MetricSpec(
+        "eval/*/mean@*",
+        "[0, 1]",
+        "mean over the set's questions",
+        "Accuracy of a question's samples, whose largest number is behind the @. `eval/SET/...` is "
+        "only in steps with an evaluation (`eval.every`), and in step 0 (`eval.before_train`).",
+    ),
+    MetricSpec(
+        "eval/*/best@*",
+        "[0, 1]",
+        "mean over the set's questions",
+        "Expected best accuracy of k of a question's samples (unbiased; pass@k).",
+    ),
+    MetricSpec(
+        "eval/*/maj@*",
+        "[0, 1]",
+        "mean over the set's questions",
+        "Expected accuracy of the most frequent answer among k of a question's samples.",
+    ),
+    MetricSpec(
+        "eval/*/failed", "count", "sum", "Episodes left out because of infrastructure; never wrong."
+    ),
+    MetricSpec("eval/*/episodes", "count", "sum", "Episodes of the set, failed ones included."),
+    MetricSpec(
+        "eval/*/*",
         "",
-        "mean over the evaluation's episodes",
-        "The same quantities, on `data.eval`; only in steps with an evaluation.",
+        "mean over the set's scored episodes",
+        "Others: answer_found, format, workers_per_planner, tokens_sampled.",
     ),
 )
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+
+_EVALUATION = re.compile(r"eval/([^/]+)/(mean@\d+)")
 
 
 def format_duration(seconds: float) -> str:
@@ -54,8 +57,11 @@ def format_progress(
         parts.append(f"{float(metrics['tokens/sampled'] or 0.0) / seconds:.0f} tok/s")
     if has("mismatch/abs_logprob"):
         parts.append(f"mismatch {_short(float(metrics['mismatch/abs_logprob'] or 0.0))}")
-    if has("eval/reward/accuracy"):
-        parts.append(f"eval acc {number('eval/reward/accuracy', '.2f')}")
+    parts += [
+        f"{match[1]} {match[2]} {number(name, '.2f')}"
+        for name in metrics
+        if (match := _EVALUATION.fullmatch(name)) and has(name)
+    ]
     if eta is not None:
         parts.append(f"ETA {format_duration(eta)}")
     return " | ".join(parts)

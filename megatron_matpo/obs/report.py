@@ -27,7 +27,8 @@ SCRIPTS = ("base.js", "charts.js", "conversations.js", "main.js")
 MAX_POINTS = 1500
 """Longer runs are thinned out; the first and the last step stay."""
 
-_CHARTED_PREFIXES = ("reward/", "mismatch/", "time/", "eval/", "tokens/", "rollout/workers")
+_CHARTED_PREFIXES = ("reward/", "mismatch/", "time/", "tokens/", "rollout/workers")
+_CHARTED_EVALUATIONS = re.compile(r"eval/[^/]+/(mean|best|maj)@\d+")
 _CHARTED_NAMES = frozenset({"policy/entropy", "optim/grad_norm", "loss/sft"})
 
 
@@ -117,7 +118,9 @@ def _series(lines: Sequence[Mapping[str, float | None]]) -> dict[str, list[float
             name
             for line in chosen
             for name in line
-            if name in _CHARTED_NAMES or name.startswith(_CHARTED_PREFIXES)
+            if name in _CHARTED_NAMES
+            or name.startswith(_CHARTED_PREFIXES)
+            or _CHARTED_EVALUATIONS.fullmatch(name)
         }
     )
     series = {name: [_rounded(line.get(name)) for line in chosen] for name in names}

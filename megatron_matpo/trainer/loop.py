@@ -29,6 +29,7 @@ def train(run: Run) -> None:
     run.connect()
     with run.clock.phase("sync"):
         served = run.sync.push(progress.policy_version)
+    run.evaluate_start(progress, served)
     while progress.step < config.run.steps:
         step = progress.step + 1
         with run.clock.step(step):

@@ -12,6 +12,9 @@ from megatron_matpo.algo.advantages import num_uninformative_groups
 from megatron_matpo.config import Config
 from megatron_matpo.data.schedule import num_trained_tokens
 from megatron_matpo.errors import CheckpointError, ConfigError
+from megatron_matpo.evaluation.inputs import FOLDER as EVALUATIONS
+from megatron_matpo.evaluation.results import episode_results
+from megatron_matpo.evaluation.summary import metrics, summarize
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.obs.metrics import MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
@@ -77,8 +80,8 @@ class RunLog:
         self._wandb = WandbLog(config, run_dir)
 
     def resume_after(self, step: int) -> None:
-        """Drop what a resumed run will write again."""
-        self._metrics.truncate_after(step)
+        """Drop what a resumed run will write again; at the start that is step 0 too."""
+        self._metrics.truncate_after(step if step > 0 else -1)
 
     def metrics(self, step: int, values: Mapping[str, float], *, partial: bool = False) -> None:
         """Append one line and send it to W&B."""
@@ -90,6 +93,12 @@ class RunLog:
         if self._config.obs.record_rollouts:
             path = self._run_dir / "rollouts" / f"step_{batch.step:06d}.jsonl"
             write_rollouts_jsonl(path, batch, advantages)
+
+    def evaluation(self, name: str, batch: RolloutBatch) -> None:
+        """Write the trajectories of an evaluation set for people."""
+        if self._config.obs.record_rollouts:
+            path = self._run_dir / EVALUATIONS / f"step_{batch.step:06d}_{name}.jsonl"
+            write_rollouts_jsonl(path, batch, {})
 
     def report(self) -> None:
         """Rewrite `report.html`; a disk that refuses it does not end the training."""
@@ -176,16 +185,42 @@ class Run:
         if last or is_due(self.config.checkpoint.every, progress.step):
             save_progress(self.actor, self.run_dir, progress, self.clock)
 
-    def evaluate(self, step: int, version: PolicyVersion) -> dict[str, float]:
-        """`eval/...` metrics of the first rows of `data.eval`, if an evaluation is due.
+    def evaluate_start(self, progress: Progress, version: PolicyVersion) -> None:
+        """With `eval.before_train`, evaluate the initial policy; its metrics are of step 0.
 
-        None in a replay: recordings hold training episodes only.
+        All ranks call.
         """
-        if self.config.rollout.replay or not is_due(self.config.data.eval_every, step):
-            return {}
+        if progress.step > 0 or not self.config.eval.before_train:
+            return
+        values = self._evaluate(0, version)
+        if self.log is not None and values:
+            self.log.metrics(0, values, partial=True)
+
+    def evaluate(self, step: int, version: PolicyVersion) -> dict[str, float]:
+        """`eval/SET/...` metrics of all `eval.sets`, if an evaluation is due. All ranks call.
+
+        Returns:
+            The metrics on the logging rank, nothing elsewhere.
+
+        Raises:
+            RolloutError: more than `rollout.max_failed_frac` of a set's episodes failed for reasons
+                outside the model; fewer are counted (`eval/SET/failed`).
+        """
+        return self._evaluate(step, version) if is_due(self.config.eval.every, step) else {}
+
+    def _evaluate(self, step: int, version: PolicyVersion) -> dict[str, float]:
+        config = self.config
+        if config.rollout.replay:
+            return {}  # recordings hold training episodes only
         self.clock.enter("evaluate")
-        batch = self.rollouts.collect(step, version, "eval")
-        return {f"eval/{name}": value for name, value in reward_metrics(batch).items()}
+        values: dict[str, float] = {}
+        for name in config.eval.named_sets:
+            batch = self.rollouts.collect(step, version, name)
+            if self.log is not None:
+                self.log.evaluation(name, batch)
+                results = episode_results(batch)
+                values |= metrics(summarize(name, results, config.eval, config.run.seed))
+        return values
 
     def finish(self) -> None:
         """Hugging Face export and report; close everything."""

@@ -44,6 +44,12 @@ def test_full_line() -> None:
     )
 
 
+def test_means_of_evaluations_are_shown_without_their_intervals() -> None:
+    values = {"eval/gaia/mean@8": 0.415, "eval/gaia/mean@8/low": 0.3, "eval/gaia/best@8": 0.7}
+    assert format_progress(1, 2, values) == "step 1/2 | gaia mean@8 0.41"
+    assert format_progress(0, 2, {"eval/gaia/mean@8": None}) == "step 0/2"
+
+
 def test_missing_and_null_parts_are_left_out() -> None:
     assert format_progress(1, 2, {"reward/total": None}) == "step 1/2"
     assert format_progress(1, 2, {"mismatch/abs_logprob": 0.0123}) == "step 1/2 | mismatch 0.012"

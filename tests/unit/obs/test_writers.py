@@ -26,10 +26,10 @@ def full_line(**changes: float) -> dict[str, float]:
 def test_one_line_per_step_with_all_required_names(tmp_path: Path) -> None:
     writer = metrics.MetricsWriter(tmp_path)
     writer.write(1, full_line())
-    writer.write(2, full_line() | {"rollout/status/answered": 0.5, "eval/reward/accuracy": 1})
+    writer.write(2, full_line() | {"rollout/status/answered": 0.5, "eval/gaia/mean@8": 1})
     lines = metrics.read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
-    assert lines[1].keys() - metrics.REQUIRED == {"rollout/status/answered", "eval/reward/accuracy"}
+    assert lines[1].keys() - metrics.REQUIRED == {"rollout/status/answered", "eval/gaia/mean@8"}
 
 
 def test_unknown_missing_and_non_numeric_values_are_refused(tmp_path: Path) -> None:
@@ -41,8 +41,8 @@ def test_unknown_missing_and_non_numeric_values_are_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="must be a number, got str"):
         writer.write(1, full_line() | {"loss/policy": "1"})  # type: ignore[dict-item]
     assert metrics.read_metrics(tmp_path) == []
-    writer.write(0, {"eval/reward/accuracy": 0.5}, partial=True)
-    assert metrics.read_metrics(tmp_path) == [{"step": 0, "eval/reward/accuracy": 0.5}]
+    writer.write(0, {"eval/gaia/mean@8": 0.5}, partial=True)
+    assert metrics.read_metrics(tmp_path) == [{"step": 0, "eval/gaia/mean@8": 0.5}]
 
 
 def test_non_finite_values_become_null(tmp_path: Path) -> None:

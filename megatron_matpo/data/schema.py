@@ -212,5 +212,6 @@ def _arrow_type(shape: Shape) -> Any:
             "null": pa.null(),
         }[shape]
     if isinstance(shape, tuple):
-        return pa.list_(_arrow_type(shape[0]))
+        # Parquet's own name for items; any other one would come back as this.
+        return pa.list_(pa.field("element", _arrow_type(shape[0])))
     return pa.struct([(name, _arrow_type(item)) for name, item in shape.items()])

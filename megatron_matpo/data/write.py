@@ -181,8 +181,8 @@ def _becoming(target: Path) -> Generator[Path]:
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        elif temporary.exists():
+            temporary.unlink()
 
 
 def _sync(file: Path) -> None:

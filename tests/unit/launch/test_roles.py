@@ -59,6 +59,7 @@ def test_replay_and_sft_need_the_trainer_only(config, tmp_path):
 
 def test_secrets_go_by_environment_to_those_who_need_them(config, tmp_path, monkeypatch):
     monkeypatch.setenv("SERPER_API_KEY", "serper-secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "judge-secret")
     roles = roles_of(config, tmp_path)
     token = roles["manager"].env["MATPO_RUN_TOKEN"]
     assert token == roles["trainer"].env["MATPO_RUN_TOKEN"]
@@ -66,8 +67,8 @@ def test_secrets_go_by_environment_to_those_who_need_them(config, tmp_path, monk
     assert token not in repr(roles)
     assert all(token not in " ".join(role.argv) for role in roles.values())
     assert "MATPO_RUN_TOKEN" not in roles["engine-0"].env
-    holders = [name for name, role in roles.items() if "SERPER_API_KEY" in role.env]
-    assert holders == ["manager"]
+    for variable in ("SERPER_API_KEY", "OPENAI_API_KEY"):
+        assert [name for name, role in roles.items() if variable in role.env] == ["manager"]
     assert token != roles_of(config, tmp_path)["manager"].env["MATPO_RUN_TOKEN"]
 
 

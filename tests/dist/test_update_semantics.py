@@ -1,8 +1,10 @@
 """Gradients are plain sums; bad numbers stop an update; log-probs over a split vocabulary.
 
 Proved: how a batch is cut into micro-batches, and over how many replicas it is spread, does not
-matter; nothing moves when a loss or gradient is not finite; sharded log-probs, entropies and
-gradients are those of the float64 formula, whatever the chunk size and the padding.
+matter; losses, gradient norms and metrics of whole learner steps, with every term of the loss and
+every aggregation, are the same in every layout; nothing moves when a loss or gradient is not
+finite; sharded log-probs, entropies and gradients are those of the float64 formula, whatever the
+chunk size and the padding.
 """
 
 from __future__ import annotations
@@ -14,9 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_matpo.config import Config
 from megatron_matpo.config.train import ModelConfig
 from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.types import Episode, RolloutBatch, Trajectory, Turn
 from tests.helpers.dist import RankPool
+from tests.helpers.episodes import make_batch as make_episodes
+from tests.helpers.learner_ranks import learned, with_algo
 from tests.helpers.megatron_ranks import (
     layout_error,
     non_finite_updates,
@@ -24,7 +30,7 @@ from tests.helpers.megatron_ranks import (
     random_init,
     sharded_logprobs,
 )
-from tests.helpers.tiny import make_batch, make_tiny_model, tiny_config
+from tests.helpers.tiny import VOCAB_SIZE, make_batch, make_tiny_model, tiny_config
 
 pytestmark = pytest.mark.dist
 
@@ -59,6 +65,72 @@ def test_gradients_do_not_depend_on_the_cut(ranks: RankPool, model_folder, whole
     for name, value in whole_grads.items():
         tolerance = 1e-5 * float(value.abs().max())
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance)
+
+
+def for_tiny_model(batch: RolloutBatch) -> RolloutBatch:
+    """The same trees with token ids that the tiny model has, and log-probs about as large."""
+
+    def turn(item: Turn) -> Turn:
+        return dataclasses.replace(
+            item,
+            token_ids=[token % VOCAB_SIZE for token in item.token_ids],
+            logprobs=[value - 2.6 for value in item.logprobs],
+        )
+
+    def trajectory(item: Trajectory) -> Trajectory:
+        return dataclasses.replace(item, turns=tuple(map(turn, item.turns)))
+
+    def episode(item: Episode) -> Episode:
+        workers = tuple(map(trajectory, item.workers))
+        return dataclasses.replace(item, planner=trajectory(item.planner), workers=workers)
+
+    groups = [
+        dataclasses.replace(group, episodes=tuple(map(episode, group.episodes)))
+        for group in batch.groups
+    ]
+    return dataclasses.replace(batch, groups=tuple(groups))
+
+
+def learner_configs(folder: Path, **layout: int) -> list[Config]:
+    """Every term of the loss with every aggregation, several updates; and the original's way."""
+    base = tiny_config(folder, micro_batch_tokens=100, **layout)
+    common = {"kl_coef": 5.0, "tis_cap": 1.5, "normalize_std": False}
+    return [
+        with_algo(base, **common, tis="truncate", updates_per_step=2),
+        with_algo(base, **common, tis="mask", aggregation="trajectory", kl_estimator="k2"),
+        with_algo(base, **common, tis="truncate", aggregation="episode", updates_per_step=2),
+        dataclasses.replace(with_algo(base, **common), compat="reference"),
+    ]
+
+
+EPISODES = [for_tiny_model(make_episodes(seed, num_groups=3)) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def learned_alone(ranks: RankPool, model_folder: Path) -> list[list[dict[str, float]]]:
+    return ranks.run(learned, 1, learner_configs(model_folder), EPISODES)[0]
+
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
+def test_a_learner_step_does_not_depend_on_the_layout(
+    ranks: RankPool, model_folder, learned_alone, layout
+):
+    """The second step starts from what the first made, so its updates are compared too."""
+    for of_rank in ranks.run(learned, 2, learner_configs(model_folder, **layout), EPISODES):
+        for steps, expected in zip(of_rank, learned_alone, strict=True):
+            for actual, want in zip(steps, expected, strict=True):
+                assert actual == pytest.approx(want, rel=1e-5, abs=1e-6)
+
+
+def test_the_compared_steps_use_every_term(learned_alone):
+    truncate, mask, episode, reference = learned_alone
+    assert [steps[0]["updates"] for steps in (truncate, mask, episode)] == [2, 1, 2]
+    assert reference[0]["updates"] > 2
+    for steps in (truncate, mask, episode):
+        assert steps[1]["loss/kl"] > 5e-4 and abs(steps[1]["loss/policy"]) > 1e-4
+        assert 0 < steps[1]["policy/tis_held_back/worker"] < 1
+    norms = [steps[1]["optim/grad_norm"] for steps in learned_alone]
+    assert len({round(norm, 4) for norm in norms}) == len(norms), "settings make a difference"
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)

@@ -22,6 +22,13 @@ def check_reward(config: Config) -> Iterator[str]:
         )
     if config.reward.grader == JUDGE:
         yield from _check_judge(config.reward.judge)
+        deadline_s, limit_s = config.reward.judge.deadline_s, config.rollout.step_timeout_s
+        if deadline_s >= limit_s:
+            yield (
+                f"reward.judge.deadline_s={deadline_s:g}: must be less than "
+                f"rollout.step_timeout_s={limit_s:g}, or an outage of the judge looks like a "
+                "rollout that never ends"
+            )
 
 
 def _check_judge(judge: JudgeConfig) -> Iterator[str]:

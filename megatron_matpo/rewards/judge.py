@@ -18,10 +18,12 @@ import json
 import os
 import random
 import time
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -87,6 +89,7 @@ class Judge:
         self._config = config
         self._cache = cache
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"
+        self._proxy = _proxy_for(self._url)
         self._gate = asyncio.Semaphore(config.max_concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._resume_at = 0.0
@@ -96,7 +99,6 @@ class Judge:
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=self._config.max_concurrency),
             cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=True,  # HTTPS_PROXY, NO_PROXY
         )
         return self
 
@@ -208,6 +210,7 @@ class Judge:
                 self._url,
                 json=body,
                 headers=self._headers(),
+                proxy=self._proxy,
                 timeout=aiohttp.ClientTimeout(total=config.timeout_s),
                 allow_redirects=False,
             ) as response:
@@ -261,6 +264,18 @@ class Judge:
         key = self._key()
         text = text.replace(key, "[key]") if key else text
         return " ".join(text.split())[:_SHOWN_CHARS]
+
+
+def _proxy_for(url: str) -> str | None:
+    """The environment's proxy (HTTPS_PROXY, NO_PROXY).
+
+    aiohttp's own reading of it (`trust_env`) also takes passwords from ~/.netrc, which clash with
+    the key.
+    """
+    parts = urlsplit(url)
+    if not parts.hostname or urllib.request.proxy_bypass(parts.hostname):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 async def _read(content: aiohttp.StreamReader) -> bytes:

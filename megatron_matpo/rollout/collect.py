@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 
 
 class RolloutManager:
-    """Collects steps. Holds no state between steps: a step is a function of its number."""
+    """Collects steps. Holds no state between them: where a step goes on in the data is asked."""
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ def test_good_settings_pass(base_url: str) -> None:
         ({"base_url": "http://x/v1?key=1"}, "expected an address such as"),
         ({"base_url": "http://x/v1/chat/completions"}, "leave /chat/completions out"),
         ({"model": " "}, "reward.judge.model=: expected the name of a model"),
+        ({"deadline_s": 7200.0}, "must be less than rollout.step_timeout_s=7200"),
         ({"deadline_s": 30.0}, "reward.judge.deadline_s=30: must be at least"),
     ],
 )

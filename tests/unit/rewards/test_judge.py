@@ -240,6 +240,30 @@ def test_the_key_is_in_no_error_and_no_log(caplog: pytest.LogCaptureFixture) -> 
     assert KEY not in "".join(texts) + caplog.text
 
 
+def test_the_environment_s_proxy_is_used_and_its_netrc_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine judge.invalid login user password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("HTTP_PROXY", "NO_PROXY"):  # the lower-case ones win
+        monkeypatch.delenv(name, raising=False)
+
+    async def main() -> None:
+        config = replace(CONFIG, base_url="http://judge.invalid/v1", max_attempts=1)
+        async with FakeJudge("A") as fake:  # stands in for the proxy
+            monkeypatch.setenv("http_proxy", fake.base_url.removesuffix("/v1"))
+            monkeypatch.setenv("no_proxy", "127.0.0.1")
+            async with Judge(config) as judge:
+                assert await ask(judge, JudgeCounts()) is Verdict.CORRECT
+            assert fake.authorizations == [f"Bearer {KEY}"]
+            monkeypatch.setenv("no_proxy", "judge.invalid")
+            async with Judge(config) as judge:
+                with pytest.raises(JudgeError, match="ClientConnector"):
+                    await ask(judge, JudgeCounts())
+
+    asyncio.run(main())
+
+
 def test_lone_surrogates_and_hostile_answers_can_be_asked() -> None:
     async def use(judge: Judge, counts: JudgeCounts) -> Verdict:
         return await judge.verdict("\ud800?", "x\udfff", "\x00\ud800 {answer}", counts)

@@ -18,7 +18,7 @@ from megatron_matpo.config.reward import GRADERS
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate_agents import check_agent, check_agent_limits, check_planner
 from megatron_matpo.config.validate_algo import check_algo, warn_algo
-from megatron_matpo.config.validate_data import check_data
+from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tools
@@ -143,7 +143,7 @@ def check_values(config: Config) -> list[str]:
     ]
     for name, agent in config.agents.items():
         problems += check_agent(name, agent)
-    for check in (check_tools, check_reward, check_algo, check_data, check_eval):
+    for check in (check_tools, check_reward, check_algo, check_eval):
         problems += check(config)
     return problems
 
@@ -178,7 +178,7 @@ def collect_warnings(config: Config, *, command: Command) -> list[str]:
     if command == "train" and config.weight_sync.transport == "none":
         warnings.append("weight_sync.transport=none: control experiment, engines stay at version 0")
     if command == "train":
-        warnings += warn_algo(config)
+        warnings += [*warn_algo(config), *warn_data(config)]
     return warnings
 
 

@@ -55,7 +55,7 @@ def _dataset_violations(config: Config, key: str, value: str) -> list[str]:
     try:
         questions = read_questions(value, config.data.folder)
     except DataError as error:
-        return [f"{where}: {error}"]
+        return [f"{where}: {str(error).removeprefix(f'{value}: ')}"]
     planner = config.agents.get(config.rollout.planner)
     if planner is None or config.rollout.prompts != "dataset":
         return []  # rendered: the manager reports differences once it knows the tools

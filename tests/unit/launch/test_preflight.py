@@ -105,6 +105,19 @@ def test_a_dataset_without_a_column_is_refused(recipe, tmp_path):
     assert "reward_model" in line
 
 
+def test_data_sets_are_found_by_name(recipe, tmp_path):
+    folder = tmp_path / "data" / "matpo_train_musique"
+    folder.mkdir(parents=True)
+    shutil.copy(tmp_path / "train.parquet", folder / "train-00000-of-00001.parquet")
+    overrides = [f"data.folder={tmp_path}/data", "data.train=matpo_train_musique"]
+    check_recipe(
+        str(recipe), [*overrides, "eval.every=1", "eval.sets=[matpo_train_musique]"], "train"
+    )
+    (line,) = problems_of(recipe, *overrides[:1], "data.train=matpo_train_music")
+    assert line.startswith("data.train=matpo_train_music: neither a data set in data.folder=")
+    assert "that folder has: matpo_train_musique" in line
+
+
 def test_what_is_not_parquet_is_refused(recipe, tmp_path):
     (tmp_path / "train.parquet").write_text("no")
     (line,) = problems_of(recipe)

@@ -30,6 +30,8 @@ _LONGER_HISTORY: tuple[Message, ...] = (
     {"role": "user", "content": "Are you there?"},
 )
 _INITIAL_CACHE_SIZE = 256
+# Beginnings of contexts up to the system message: one for each agent.
+_HEAD_CACHE_SIZE = 32
 _BREAK = "\u200b"  # zero-width space
 # Part of what a turn says, even where a tokenizer counts them among its special tokens.
 _MARKUP = frozenset(
@@ -53,6 +55,8 @@ class Chat:
         pattern = "|".join(map(re.escape, specials))
         self._special = re.compile(pattern) if specials else None
         self._closing = re.compile(f"(?:{pattern})+\\Z") if specials else None
+        borders = "|".join(re.escape(text) for text in specials if self._splits(text))
+        self._border = re.compile(borders) if borders else None
         self._joins = False
         self._joins = self._refuses_consecutive_users()
         self.end_of_turn_id: int = self._find_end_of_turn()
@@ -62,6 +66,7 @@ class Chat:
         prompt = tokenizer.render(_HISTORY, add_generation_prompt=True)
         self.opens_thinking: bool = prompt.rstrip().endswith("<think>")
         """The generation prompt ends inside a thinking block."""
+        self._head_ids = lru_cache(_HEAD_CACHE_SIZE)(tokenizer.encode)
         self._initial = lru_cache(_INITIAL_CACHE_SIZE)(self._render_initial)
 
     def initial_ids(self, system: str, user: str) -> tuple[tuple[int, ...], str]:
@@ -127,7 +132,23 @@ class Chat:
         if system:
             messages.insert(0, {"role": "system", "content": system})
         text = self._tokenizer.render(messages, add_generation_prompt=True)
-        return tuple(self._tokenizer.encode(text)), text
+        head = self._head_length(system, text)
+        return (*self._head_ids(text[:head]), *self._tokenizer.encode(text[head:])), text
+
+    def _head_length(self, system: str, text: str) -> int:
+        """Characters up to the special token behind the system message; 0: there is none.
+
+        The system message is most of a worker's first context and the same for all workers of an
+        agent, so it is tokenized once.
+        """
+        at = text.find(system) if system else -1
+        after = self._border.search(text, at + len(system)) if self._border and at >= 0 else None
+        return after.start() if after else 0
+
+    def _splits(self, special: str) -> bool:
+        """A text may be cut before this token and tokenized in two parts."""
+        encode = self._tokenizer.encode
+        return encode(f"a \n{special} b") == [*encode("a \n"), *encode(f"{special} b")]
 
     def _after_sampled(self, replies: Sequence[str], history: Sequence[Message] = _HISTORY) -> str:
         """What the template writes after a sampled turn that is followed by `replies`.

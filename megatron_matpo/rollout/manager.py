@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -111,6 +112,18 @@ def load_questions(config: Config) -> dict[str, list[Question]]:
     return {split: read_questions(source, folder) for split, source in sources.items()}
 
 
+def ease_collector() -> None:
+    """Let Python's cyclic collector look at new objects less often, and never at those of now.
+
+    A step makes millions of small objects and drops nearly all of them by reference count. With
+    Python's own thresholds the collector takes a tenth of the process, in pauses of up to half a
+    second in which no episode moves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 50, 20)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line entry; returns the exit code."""
     parser = argparse.ArgumentParser(description="Rollout manager of one run.")
@@ -121,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_resolved(str(run_dir / "config.yaml"))
         plan = Plan.from_json((run_dir / "plan.json").read_text(encoding="utf-8"))
         token, key = _secret("MATPO_RUN_TOKEN"), _secret("MATPO_ENGINE_KEY")
+        ease_collector()
         asyncio.run(_serve_until_signal(config, plan, run_dir, token, key))
     except MatpoError as error:
         record_failure(run_dir, "manager", 0, "serve", error, traceback.format_exc())

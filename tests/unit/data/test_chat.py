@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 
 from megatron_matpo.data.chat import Chat
 from megatron_matpo.data.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ from tests.helpers.rollouts import (
     make_tokenizer,
 )
 
+SPECIALS = ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "[/INST]")
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "mistral": "</s>"}
 
 
@@ -47,6 +49,35 @@ def test_a_conversation_is_the_template_rendering(name: str) -> None:
         expected = expected.replace("[/INST] Let", "[/INST]Let")
     assert tokenizer.decode(ids) == expected
     assert ids == tokenizer.encode(expected)
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_first_context_is_tokenized_as_if_in_one_piece(name: str, swallows: bool) -> None:
+    backend = byte_tokenizer()
+    if swallows:  # blanks before these tokens belong to them: no text may be cut there
+        backend.add_special_tokens([AddedToken(e, special=True, lstrip=True) for e in SPECIALS])
+    bos = "<|begin_of_text|>" if name == "llama3" else "<s>"
+    special = {"bos_token": bos, "eos_token": "</s>"}
+    tokenizer = Tokenizer(backend, TEMPLATES[name], special, "test")
+    chat = Chat(tokenizer)
+    for system in ("Be brief.", "Be brief. \n\n", "What?", "", "  "):
+        for user in ("What?", " \n What? ", "Be brief."):
+            for _ in range(2):
+                ids, text = chat.initial_ids(system, user)
+                assert list(ids) == tokenizer.encode(text)
+
+
+def test_a_system_message_is_tokenized_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer()
+    seen: list[str] = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text: seen.append(text) or encode(text))
+    chat = Chat(tokenizer)
+    seen.clear()
+    for user in ("One?", "Two?", "Three?"):
+        chat.initial_ids("A very long manual.", user)
+    assert sum("manual" in text for text in seen) == 1 and len(seen) == 4
 
 
 @pytest.mark.parametrize("name", TEMPLATES)

@@ -9,13 +9,15 @@ read what the call grammar made of each call; there is no second parser.
   for a planner that has no workers, so that not delegating costs half of the format reward; only
   complete call blocks count, so that an unclosed block or a native `<tool_call>` costs nothing; a
   planner that cannot delegate is scored by its own calls alone.
-  Differs from the original: calls inside `<think>` count for nothing (there, like any other).
+  Differs from the original: calls inside `<think>` count for nothing (there, like any other); a
+  closing tag that closes nothing counts as a wrong block (there, for nothing).
 
 In either form an episode that failed for reasons outside the model gets no reward, instead of 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_matpo.agents.grammar import CallOutcome, format_score
@@ -27,8 +29,12 @@ _UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNT
 
 
 def episode_format(trajectories: Sequence[Trajectory]) -> float:
-    """Mean of the format scores of the trajectories that exist, planner and workers alike."""
-    return sum(item.format_score for item in trajectories) / len(trajectories)
+    """Mean of the format scores of the trajectories that exist, planner and workers alike.
+
+    Summed exactly: equal scores in another order give an equal reward, to the last bit, or a group
+    that teaches nothing would look informative.
+    """
+    return math.fsum(item.format_score for item in trajectories) / len(trajectories)
 
 
 def reference_format(trajectories: Sequence[Trajectory], *, can_delegate: bool) -> float:
@@ -42,7 +48,7 @@ def reference_format(trajectories: Sequence[Trajectory], *, can_delegate: bool) 
     if not can_delegate:
         return planner
     workers = [_blocks_score(item) for item in trajectories if item.role is Role.WORKER]
-    return 0.5 * (planner + (sum(workers) / len(workers) if workers else 0.0))
+    return 0.5 * (planner + (math.fsum(workers) / len(workers) if workers else 0.0))
 
 
 def _blocks_score(trajectory: Trajectory) -> float:

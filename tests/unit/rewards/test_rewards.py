@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from dataclasses import replace
 from typing import Any
@@ -128,6 +129,13 @@ def test_total(
     reward = combine(accuracy, episode_format(items), RewardConfig(gate_format=gate))
     assert reward.total == pytest.approx(total)
     assert reward.accuracy == accuracy
+
+
+def test_the_order_of_workers_does_not_change_a_bit_of_the_reward() -> None:
+    planner = trajectory(1.0, Role.PLANNER)
+    for workers in ((0.1, 0.2, 0.3), (1 / 3, 1.0, 1 / 7, 0.9)):
+        orders = itertools.permutations(map(trajectory, workers))
+        assert len({episode_format([planner, *order]) for order in orders}) == 1
 
 
 def score(scorer: Scorer, said: str) -> Score:

@@ -20,7 +20,7 @@ from typing import Any
 
 from megatron_matpo.data.dataset import Question, to_question
 from megatron_matpo.data.locate import find_files, named_config
-from megatron_matpo.data.rows import Problem, core_problems, read_rows
+from megatron_matpo.data.rows import Problem, core_problems, file_errors, read_rows
 from megatron_matpo.data.schema import DataSet, Shape, differences, shape_of
 from megatron_matpo.errors import DataError
 
@@ -123,12 +123,11 @@ def check_set(
 
 def _check_columns(file: Path, shapes: dict[str, Shape], findings: Findings) -> None:
     """Types of the config that the set is called after; else those that all readers rely on."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         schema = pq.read_schema(file)
-    except (pa.ArrowException, OSError):
+    except file_errors():
         return  # said when the rows are read
     shape = {item.name: shape_of(item.type) for item in schema}
     first, expected = next(iter(shapes.items()), (str(file), shape))

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_matpo.errors import DataError
+
 BATCH_ROWS = 512
 ROLES = ("system", "user")
 CORE_COLUMNS = ("prompt", "data_source", "reward_model", "extra_info")
@@ -61,8 +63,7 @@ def read_rows(
         optional: columns to read if they are there, beside the core ones.
         every_column: read all columns, and report whatever in them is not valid UTF-8.
     """
-    import pyarrow as pa  # on first use: 0.1 s that a replay does not need
-    import pyarrow.parquet as pq
+    import pyarrow.parquet as pq  # on first use: 0.1 s that a replay does not need
 
     name, start = str(file), 0
     try:
@@ -79,13 +80,22 @@ def read_rows(
                     if row is not None:
                         yield index, row
                 start += batch.num_rows
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise  # the reporter's
+    except file_errors() as error:
         what = "not a parquet file that can be read"
         where = f"the rows from {start} on cannot be read" if start else what
         report(Problem(name, None, "", f"{where} ({_short(str(error))})"))
         return
     if start == 0:
         report(Problem(name, None, "", "has no rows"))
+
+
+def file_errors() -> tuple[type[Exception], ...]:
+    """What reading a broken parquet file raises; names that are not UTF-8 are a `ValueError`."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
 def missing_columns(missing: Sequence[str], names: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_matpo.data.rows import CORE_COLUMNS, ROLES, missing_columns
+from megatron_matpo.data.rows import CORE_COLUMNS, ROLES, file_errors, missing_columns
 from megatron_matpo.data.schema import SPLIT, DataSet, arrow_schema
 from megatron_matpo.errors import DataError
 
@@ -133,7 +133,9 @@ def _rewrite_file(source: Path, target: Path, new_prompt: str, done: Rewrite) ->
                     changed = table.set_column(column, item, pa.array(prompts, type=item.type))
                     writer.write_table(changed, row_group_size=max(1, table.num_rows))
             done.num_rows += start
-    except (pa.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except file_errors() as error:
         raise DataError(f"{source}: cannot be rewritten ({str(error)[:300]})") from error
 
 
@@ -145,7 +147,11 @@ def _prompts(column: Any, source: Path, start: int) -> list[list[dict[str, str]]
         rows = f"rows {start} to {start + len(column) - 1}"
         raise DataError(f"{source}: {rows}: prompt: not UTF-8 ({error})") from error
     for index, prompt in enumerate(prompts, start):
-        roles = [message and message.get("role") for message in prompt or []]
+        messages = prompt if isinstance(prompt, list) else []
+        roles = [
+            item["role"] if isinstance(item, dict) and {"role", "content"} <= item.keys() else None
+            for item in messages
+        ]
         if roles != list(ROLES):
             raise DataError(f"{source}: row {index}: prompt: expected {list(ROLES)}, got {roles}")
     return prompts

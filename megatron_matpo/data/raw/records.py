@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_matpo.data.rows import file_errors
 from megatron_matpo.errors import DataError
 
 _SUFFIXES = (".jsonl", ".json", ".tsv", ".csv", ".parquet")
@@ -164,7 +165,6 @@ def _table(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
@@ -174,5 +174,5 @@ def _parquet(file: Path) -> Iterator[tuple[str, Any]]:
                 for row in batch.to_pylist():
                     yield f"{file}: row {number}", row
                     number += 1
-    except (pa.ArrowException, OSError) as error:
+    except file_errors() as error:
         raise DataError(f"{file}: cannot be read as parquet ({error})") from error

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +204,23 @@ def test_broken_files_are_survived(tmp_path: Path) -> None:
     found = check_set(GAIA.name, str(tmp_path))
     assert found.num_problems > 0
     assert "cannot" in found.problems[0].text or "can be read" in found.problems[0].text
+
+
+def test_random_damage_never_raises(tmp_path: Path) -> None:
+    """300 files with damaged bytes, half of them cut: each is read or refused with a reason."""
+    whole = write_set(tmp_path, GAIA, build_rows(GAIA), replace=False).read_bytes()
+    file, chance, outcomes = tmp_path / "damaged.parquet", random.Random(3), Counter[bool]()
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.choice((1, 3, 20))):
+            content[chance.randrange(4, len(whole) - 4)] = chance.randrange(256)
+        file.write_bytes(content[: chance.choice((len(whole), chance.randrange(len(whole))))])
+        found = check_set(str(file))
+        outcomes[bool(found.num_problems)] += 1
+        assert found.problems or found.num_rows == len(build_rows(GAIA))
+        with suppress(DataError):
+            assert len(read_questions(file)) == len(build_rows(GAIA))
+    assert outcomes[True] > 150
 
 
 def test_a_file_without_rows_or_columns_is_named(tmp_path: Path) -> None:

@@ -190,6 +190,11 @@ def test_a_row_that_cannot_be_rewritten_leaves_no_copy(tmp_path: Path, shards: l
     pq.write_table(pa.Table.from_pylist(rows), shards[1])
     with pytest.raises(DataError, match=r"00002\.parquet: row 1: prompt: expected \['system'"):
         rewrite_prompts(shards, tmp_path / "dst", "New.")
+    odd = {"prompt": ["plan"], "data_source": "x", "reward_model": None, "extra_info": None}
+    for prompt in (["plan", "ask"], "plan", None, [{"role": "system"}, {"role": "user"}]):
+        pq.write_table(pa.Table.from_pylist([odd | {"prompt": prompt}]), shards[1])
+        with pytest.raises(DataError, match=r"row 0: prompt: expected \['system', 'user'\], got"):
+            rewrite_prompts(shards, tmp_path / "dst", "New.")
     shards[1].write_bytes(b"PAR1 not")
     with pytest.raises(DataError, match=r"00002\.parquet: cannot be rewritten"):
         rewrite_prompts(shards, tmp_path / "dst", "New.")

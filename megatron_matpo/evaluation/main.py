@@ -25,10 +25,8 @@ from megatron_matpo.config import Config, load_resolved
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.errors import MatpoError, RolloutError
 from megatron_matpo.evaluation.asked import Chunk, FailureBound, open_sets
-from megatron_matpo.evaluation.inputs import FOLDER, read_inputs
+from megatron_matpo.evaluation.report import write_report
 from megatron_matpo.evaluation.results import episode_results, number_samples
-from megatron_matpo.evaluation.summary import summarize
-from megatron_matpo.evaluation.table import REPORT, RESULTS, Report, to_json, to_text
 from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.obs.files import write_atomic
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
@@ -82,7 +80,7 @@ class Evaluation:
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 self._keep(running.pop(future), future.result())
         pool.shutdown()
-        self._report()
+        write_report(self._config, self._run_dir, self._sets)
 
     def _ask(self, chunk: Chunk) -> bytes:
         return self._client.collect(chunk.number, VERSION, chunk.set.name, asks=chunk.asks)
@@ -105,22 +103,6 @@ class Evaluation:
     def _show(self) -> None:
         """Tell the supervisor how far each set is."""
         self._status.set("ask", sets={item.name: item.progress() for item in self._sets})
-
-    def _report(self) -> None:
-        self._status.set("report", sets={item.name: item.progress() for item in self._sets})
-        inputs = read_inputs(self._run_dir)
-        config = self._config
-        report = Report(
-            title=f"{config.model.path} ({config.run.name})",
-            confidence=config.eval.confidence,
-            summaries=[
-                summarize(item.name, item.wanted_results(), config.eval, config.run.seed)
-                for item in self._sets
-            ],
-            has_mixed_settings=inputs is not None and inputs.has_mixed_settings,
-        )
-        write_atomic(self._run_dir / FOLDER / RESULTS, to_json(report))
-        write_atomic(self._run_dir / FOLDER / REPORT, to_text(report))
 
 
 async def check_engines(config: Config, plan: Plan, key: str) -> None:

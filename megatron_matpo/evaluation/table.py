@@ -12,9 +12,6 @@ from megatron_matpo.evaluation.paper import SOURCE, PaperScore, paper_score
 from megatron_matpo.evaluation.stats import Estimate
 from megatron_matpo.evaluation.summary import SetSummary
 
-REPORT = "results.md"
-RESULTS = "results.json"
-"""File names in `RUN/eval`."""
 _MAX_FAILURES = 3
 _MAX_FAILURE_CHARS = 160
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_matpo.config.plan import make_plan, num_ports
 from megatron_matpo.config.root import Config
 from megatron_matpo.data.dataset import read_questions
+from megatron_matpo.evaluation.asked import open_sets
 from megatron_matpo.evaluation.inputs import (
     FOLDER,
     Inputs,
@@ -22,7 +23,7 @@ from megatron_matpo.evaluation.inputs import (
     set_fingerprint,
     write_inputs,
 )
-from megatron_matpo.evaluation.table import REPORT, RESULTS
+from megatron_matpo.evaluation.report import JSON_FILE, TEXT_FILE, write_report
 from megatron_matpo.launch.console import Console
 from megatron_matpo.launch.guard import run_guarded
 from megatron_matpo.launch.ports import free_ports
@@ -97,7 +98,11 @@ def evaluate(request: EvalRequest) -> int:
     if is_resumed and request.accept_changes:
         inputs = Inputs(inputs.model, inputs.sets, has_mixed_settings=True)
     write_inputs(folder.path, inputs)
-    (folder.path / FOLDER / REPORT).unlink(missing_ok=True)
+    sets = open_sets(config, folder.path)
+    if not any(item.missing() for item in sets):
+        write_report(config, folder.path, sets)
+        console.line(_report(folder.path) + f"nothing is missing in {config.run_dir}")
+        return 0
     ports = free_ports(config.cluster.host, num_ports(config), config.cluster.base_port)
     plan = make_plan(config, ports, has_trainer=False)
     folder.write_plan(plan)
@@ -114,13 +119,16 @@ def evaluate(request: EvalRequest) -> int:
         view = EvalView(folder.path, console)
         code = Supervisor(folder.path, roles, limits, console, view).run()
         if code == 0:
-            results = folder.path / FOLDER
-            console.line("\n" + (results / REPORT).read_text(encoding="utf-8"))
             elapsed = format_duration(time.monotonic() - started)
-            console.line(f"done in {elapsed}; results in {config.run_dir}/{FOLDER}/{RESULTS}")
+            where = f"{config.run_dir}/{FOLDER}/{JSON_FILE}"
+            console.line(_report(folder.path) + f"done in {elapsed}; results in {where}")
         return code
 
     return run_guarded(supervise, config.run.stop_grace_s)
+
+
+def _report(run_dir: Path) -> str:
+    return f"\n{(run_dir / FOLDER / TEXT_FILE).read_text(encoding='utf-8')}\n"
 
 
 def _inputs(config: Config) -> Inputs:

@@ -102,6 +102,33 @@ def test_other_changes_are_listed_and_must_be_accepted(config):
     assert open_and_close(changed) is True
 
 
+def test_an_evaluation_with_results_binds_but_not_what_only_a_trainer_reads(config, tmp_path):
+    import os
+
+    def start(config: Config, command: str = "eval") -> bool:
+        folder, is_resumed = open_run_folder(config, command)
+        os.close(folder.lock_descriptor)
+        return is_resumed
+
+    assert start(config) is False
+    assert start(replace(config, compat="reference")) is False, "no results yet"
+    start(config)
+    results = tmp_path / "demo" / "eval" / "gaia" / "results.jsonl"
+    results.parent.mkdir(parents=True)
+    results.touch()
+    changed = replace(
+        config,
+        optim=replace(config.optim, lr=1.0),
+        parallel=replace(config.parallel, tensor=2),
+        eval=replace(config.eval, samples_per_row=9),
+    )
+    assert start(changed) is True
+    with pytest.raises(ConfigError, match=r"rollout\.temperature: 1\.0 -> 0\.5"):
+        start(replace(config, rollout=replace(config.rollout, temperature=0.5)))
+    with pytest.raises(ConfigError, match="holds a `matpo eval` run"):
+        start(config, "train")
+
+
 def test_a_refused_run_leaves_the_folder_unlocked_and_unchanged(config, tmp_path):
     open_and_close(config)
     with pytest.raises(ConfigError):

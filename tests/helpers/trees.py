@@ -126,6 +126,8 @@ class TabularActor:
     def __init__(self, tables: Tables) -> None:
         """Nothing seen yet."""
         self._tables = tables
+        self.passes: list[str] = []
+        """Scoring passes that were asked for."""
         self.losses: list[float] = []
         """One for each update."""
         self.seen: list[list[str]] = []
@@ -135,10 +137,12 @@ class TabularActor:
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
         """Of the old policy."""
+        self.passes.append("old")
         return [(self._rows(self._tables.old, b), b.loss_mask) for b in micro_batches]
 
     def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
         """Of the initial policy."""
+        self.passes.append("initial")
         return [(self._rows(self._tables.initial, b), b.loss_mask) for b in micro_batches]
 
     def update(

@@ -261,6 +261,9 @@ def test_a_step_is_the_formula(batch, config, dp_size, seed):
         elif len(updates) == 1:
             token.old = token.new
 
+    is_scored = len(updates) > 1 and algo.old_logprobs == "trainer"
+    passes = ["old"] * is_scored + ["initial"] * (algo.kl_coef > 0)
+    assert actor.passes == passes * dp_size, "a scoring pass too many, or one is missing"
     seen = [sorted(identities) for identities in actor.seen]
     assert seen == [sorted({t.trajectory for t in tokens}) for tokens in updates]
     places = [3] * len(updates) if config.compat == "reference" else range(5, 5 + len(updates))

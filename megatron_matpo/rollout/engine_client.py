@@ -73,7 +73,9 @@ class EngineClient:
     def __init__(self, url: str, api_key: str = "", *, request_timeout_s: float = 600.0) -> None:
         """Connect lazily to `url` (no trailing slash); `request_timeout_s` bounds a generation."""
         self.url = url
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._headers = {"Content-Type": "application/json"}
+        if api_key:
+            self._headers["Authorization"] = f"Bearer {api_key}"
         self._request_timeout_s = request_timeout_s
         self._session: aiohttp.ClientSession | None = None
 
@@ -85,17 +87,7 @@ class EngineClient:
             EngineTimeout: nothing complete inside `request_timeout_s`.
             EngineRejected: an HTTP error, or an answer that does not account for its tokens.
         """
-        body = {
-            "input_ids": input_ids.tolist() if isinstance(input_ids, array) else list(input_ids),
-            "return_logprob": True,
-            "sampling_params": {
-                "max_new_tokens": params.max_new_tokens,
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "top_k": params.top_k,
-                "stop_token_ids": list(params.stop_token_ids),
-            },
-        }
+        body = _generate_body(input_ids, params)
         answer = await self._ask_json(
             "POST", "/generate", body, self._request_timeout_s, "rollout.request_timeout_s"
         )
@@ -171,7 +163,7 @@ class EngineClient:
         Raises:
             EngineError: as `generate`.
         """
-        await self._ask("POST", "/pause_generation", {"mode": mode}, deadline_s)
+        await self._ask("POST", "/pause_generation", orjson.dumps({"mode": mode}), deadline_s)
 
     async def resume(self, *, deadline_s: float) -> None:
         """Sample again after `pause`.
@@ -179,7 +171,7 @@ class EngineClient:
         Raises:
             EngineError: as `generate`.
         """
-        await self._ask("POST", "/continue_generation", {}, deadline_s)
+        await self._ask("POST", "/continue_generation", b"{}", deadline_s)
 
     async def flush_cache(self, *, deadline_s: float) -> None:
         """Forget all cached prefixes.
@@ -188,7 +180,7 @@ class EngineClient:
             EngineRejected: requests are running or waiting.
             EngineError: as `generate`.
         """
-        await self._ask("POST", "/flush_cache", {}, deadline_s)
+        await self._ask("POST", "/flush_cache", b"{}", deadline_s)
 
     async def init_weights_update_group(
         self,
@@ -275,7 +267,7 @@ class EngineClient:
 
     async def _command(self, path: str, body: dict[str, Any], deadline_s: float) -> None:
         """A verb whose answer says whether it succeeded."""
-        answer = await self._ask_json("POST", path, body, deadline_s)
+        answer = await self._ask_json("POST", path, orjson.dumps(body), deadline_s)
         if answer.get("success") is not True:
             raise EngineRejected(f"{self.url}{path}: {_shown(answer)}")
 
@@ -283,7 +275,7 @@ class EngineClient:
         self,
         method: str,
         path: str,
-        body: dict[str, Any] | None,
+        body: bytes | None,
         deadline_s: float,
         setting: str = "deadline_s",
     ) -> dict[str, Any]:
@@ -300,7 +292,7 @@ class EngineClient:
         self,
         method: str,
         path: str,
-        body: dict[str, Any] | None,
+        body: bytes | None,
         deadline_s: float,
         setting: str = "deadline_s",
     ) -> bytes:
@@ -312,17 +304,12 @@ class EngineClient:
             # just being closed would fail, and a generation is not sent twice.
             connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
             self._session = aiohttp.ClientSession(
-                connector=connector,
-                headers=self._headers,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                # Every request carries a whole context: the standard library's encoder would take
-                # a third of the manager's time.
-                json_serialize_bytes=orjson.dumps,
+                connector=connector, headers=self._headers, cookie_jar=aiohttp.DummyCookieJar()
             )
         started = time.monotonic()
         try:
             async with self._session.request(
-                method, self.url + path, json=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
+                method, self.url + path, data=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
             ) as response:
                 data = await self._read(response, path)
         except TimeoutError as error:
@@ -351,6 +338,27 @@ class EngineClient:
                     f"{self.url}{path}: the answer is longer than {_MAX_ANSWER_BYTES >> 20} MiB"
                 )
         return b"".join(parts)
+
+
+def _generate_body(input_ids: Sequence[int], params: SamplingParams) -> bytes:
+    """The request as bytes: as objects, ids take eight times the memory while the engine samples.
+
+    Every request carries a whole context; the standard library's encoder would take a third of the
+    manager's time.
+    """
+    return orjson.dumps(
+        {
+            "input_ids": input_ids.tolist() if isinstance(input_ids, array) else list(input_ids),
+            "return_logprob": True,
+            "sampling_params": {
+                "max_new_tokens": params.max_new_tokens,
+                "temperature": params.temperature,
+                "top_p": params.top_p,
+                "top_k": params.top_k,
+                "stop_token_ids": list(params.stop_token_ids),
+            },
+        }
+    )
 
 
 def _read_generation(answer: dict[str, Any]) -> Generation:

@@ -1,7 +1,7 @@
 """Every row of a data set checked: types, nulls, messages, copies of questions.
 
 All problems are counted, and the first ones kept with file, row and field. What no reader of this
-package looks at (`evidence_list`, `metadata`, stored ground truths of tools) may be null; it is
+package needs (`metadata`, `question_type`, stored ground truths of tools) may be null; it is
 counted as a note. A data set that is called after a config of MATPO-data has to have its types and
 its number of copies too.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_matpo.data.dataset import Question, to_question
+from megatron_matpo.data.dataset import Question, shown_source, to_question
 from megatron_matpo.data.locate import find_files, named_config
 from megatron_matpo.data.rows import Problem, core_problems, file_errors, read_rows
 from megatron_matpo.data.schema import DataSet, Shape, differences, shape_of
@@ -122,7 +122,10 @@ def check_set(
 
 
 def _check_columns(file: Path, shapes: dict[str, Shape], findings: Findings) -> None:
-    """Types of the config that the set is called after; else those that all readers rely on."""
+    """Types of the config that the set is called after; else those that all readers rely on.
+
+    Other sets may mix both families, which the readers tell apart row by row.
+    """
     import pyarrow.parquet as pq
 
     try:
@@ -132,14 +135,15 @@ def _check_columns(file: Path, shapes: dict[str, Shape], findings: Findings) -> 
     shape = {item.name: shape_of(item.type) for item in schema}
     first, expected = next(iter(shapes.items()), (str(file), shape))
     shapes[str(file)] = shape
-    if findings.config is not None:
-        wrong = differences(findings.config.shape, shape)
-        what = f" (config {findings.config.name})"
-    else:
-        wrong = [*_index_problem(shape), *differences(expected, shape)]
-        what = f" (as in {first})" if expected != shape else ""
-    for name, text in wrong:
-        findings.add(Problem(str(file), None, name, text + what))
+    if findings.config is None:
+        for name, text in _index_problem(shape):
+            findings.add(Problem(str(file), None, name, text))
+        for name, text in differences(expected, shape):
+            findings.notes[f"file(s) not like {first}: {name}: {text}"] += 1
+        return
+    for name, text in differences(findings.config.shape, shape):
+        text = f"{text} (config {findings.config.name})"
+        findings.add(Problem(str(file), None, name, text))
 
 
 def _index_problem(shape: dict[str, Shape]) -> Iterator[tuple[str, str]]:
@@ -176,7 +180,7 @@ def _nulls(value: Any, path: str) -> Iterator[str]:
 def _count(
     question: Question, file: str, index: int, seen: dict[str, _Seen], findings: Findings
 ) -> None:
-    findings.data_sources[question.data_source] += 1
+    findings.data_sources[shown_source(question.data_source)] += 1
     findings.levels[question.level or "-"] += 1
     findings.question_types[question.question_type or "-"] += 1
     if _BOX not in question.user:

@@ -50,14 +50,14 @@ class Question:
         text = f"{self.data_source}\0{self.user}".encode(errors="surrogatepass")
         return hashlib.blake2b(text, digest_size=8).hexdigest()
 
-    @property
-    def set_name(self) -> str:
-        """`data_source` as metrics show it: `gaia_text_103_test_repeat8` without its copies.
 
-        Source: MATPO original, `ray_trainer.py:780`, which renames this one; here every name that
-        ends so.
-        """
-        return _COPIES.sub("", self.data_source)
+def shown_source(data_source: str) -> str:
+    """A `data_source` as results show it: `gaia_text_103_test_repeat8` without its copies.
+
+    Source: MATPO original, `ray_trainer.py:780`, which renames this one; here every name that ends
+    so.
+    """
+    return _COPIES.sub("", data_source)
 
 
 def read_questions(source: str | Path, folder: str | Path = "") -> list[Question]:

@@ -74,7 +74,7 @@ def read_rows(
                 report(Problem(name, None, "", missing_columns(missing, names)))
                 return
             wanted = [column for column in names if column in (*CORE_COLUMNS, *optional)]
-            columns = names if every_column else wanted
+            columns = None if every_column else wanted
             for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for index, row in enumerate(_values(batch, name, start, report), start):
                     if row is not None:

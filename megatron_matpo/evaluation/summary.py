@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_matpo.config.evaluation import EvalConfig
+from megatron_matpo.data.dataset import shown_source
 from megatron_matpo.evaluation.results import EpisodeResult
 from megatron_matpo.evaluation.stats import (
     Estimate,
@@ -177,7 +178,7 @@ def _breakdowns(
     keys: dict[str, Callable[[EpisodeResult], list[str]]] = {
         "level": lambda item: [item.level or NO_LEVEL],
         "type": lambda item: (item.question_type or NO_LEVEL).split(_TYPE_SEPARATOR),
-        "data_source": lambda item: [item.data_source],
+        "data_source": lambda item: [shown_source(item.data_source)],
     }
     result: dict[str, dict[str, Estimate]] = {}
     for name, values_of in keys.items():

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_matpo.data.dataset import check_servers, prompts_from, read_questions
+from megatron_matpo.data.dataset import check_servers, prompts_from, read_questions, shown_source
 from megatron_matpo.errors import ConfigError, DataError
 
 SYSTEM = "Plan.\n## Server name: browsing_agent\n### Tool name: search_and_browse\n"
@@ -48,6 +48,19 @@ def test_both_families_and_folders(tmp_path: Path) -> None:
     first = questions[0]
     assert (first.system, first.user) == (SYSTEM, "Who? Box it.")
     assert (first.question, first.ground_truth) == ("Who?", "Ada")
+
+
+def test_copies_share_a_key_whatever_their_prompts(tmp_path: Path) -> None:
+    other = [{"content": "Other.", "role": "system"}, row()["prompt"][1]]
+    rows = [row(), row(prompt=other), row(data_source="frames")]
+    first, second, third = read_questions(write(tmp_path / "x.parquet", rows))
+    assert first.key == second.key != third.key
+    assert [item.row for item in (first, second, third)] == [0, 1, 2]
+
+
+def test_the_number_of_copies_is_not_shown() -> None:
+    assert shown_source("gaia_text_103_test_repeat8") == "gaia_text_103_test"
+    assert shown_source("matpo_repeat_2_x") == "matpo_repeat_2_x"
 
 
 SWAPPED = [{"content": "x", "role": "user"}, {"content": "y", "role": "system"}]

@@ -95,7 +95,7 @@ def test_a_killed_evaluation_resumes_and_asks_no_row_twice(tmp_path):
     ("option", "value", "words"),
     [
         ("--model", "/nowhere/model", "model.path=/nowhere/model: no such folder"),
-        ("--data", "no_such_set", "eval.sets=no_such_set: no_such_set: no such file or folder"),
+        ("--data", "no_such_set", "eval.sets=no_such_set: no such file or folder"),
         ("--model", "another", "GPT2LMHeadModel"),
     ],
 )

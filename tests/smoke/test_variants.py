@@ -20,7 +20,7 @@ def train(tmp_path, *overrides):
         "train", QUICKSTART, f"run.dir={tmp_path}", "run.name=variant", *small, *overrides
     )
     assert done.returncode == 0, done.stdout
-    lines = read_metrics(tmp_path / "variant")
+    lines = [line for line in read_metrics(tmp_path / "variant") if line["step"] > 0]
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line["mismatch/abs_logprob"] < 1e-4
@@ -36,11 +36,17 @@ def test_pipeline_parallel(tmp_path):
 
 def test_two_servers_and_two_updates_with_evaluation(tmp_path):
     overrides = ["rollout.num_servers=2", "algo.updates_per_step=2", "eval.every=2"]
-    lines, _ = train(tmp_path, *overrides, "eval.max_rows=4")
+    overrides += ["eval.max_rows=4", "eval.samples_per_row=2", "eval.before_train=true"]
+    lines, _ = train(tmp_path, *overrides)
     assert (tmp_path / "variant" / "logs" / "engine-1.log").exists()
     assert [line["optim/updates"] for line in lines] == [2, 2]
-    assert "eval/matpo_eval/mean@1" in lines[1]
-    assert "eval/matpo_eval/mean@1" not in lines[0]
+    assert lines[1]["eval/matpo_eval/episodes"] == 8
+    assert 0 <= lines[1]["eval/matpo_eval/maj@2"] <= lines[1]["eval/matpo_eval/best@2"] <= 1
+    assert not any(name.startswith("eval/") for name in lines[0])
+    start = read_metrics(tmp_path / "variant")[0]
+    assert start["step"] == 0 and "eval/matpo_eval/mean@2" in start
+    recorded = sorted(file.name for file in (tmp_path / "variant" / "eval").iterdir())
+    assert recorded == ["step_000000_matpo_eval.jsonl", "step_000002_matpo_eval.jsonl"]
 
 
 def test_single_agent(tmp_path):

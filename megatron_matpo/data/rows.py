@@ -44,7 +44,7 @@ class Problem:
     @property
     def kind(self) -> str:
         """Equal for problems that differ only in row and value."""
-        text = self.text.split(", got ")[0].split(" (")[0].split("; it has")[0]
+        text = self.text.split(", got ")[0].split(" (")[0].split("; ")[0]
         return f"{self.field}: {text}" if self.field else text
 
 

@@ -87,7 +87,7 @@ def print_findings(found: Findings, with_recipe: RecipeCheck | None = None) -> N
     if found.num_problems > len(found.problems):
         print(f"... and {found.num_problems - len(found.problems)} more problems")
     if found.num_problems:
-        print(f"{found.name}: {found.num_problems} problems, {found.num_rows} rows could be read")
+        print(f"{found.name}: {found.num_problems} problem(s), {found.num_rows} rows could be read")
         for kind, count in found.kinds.most_common():
             print(f"{count:8d}  {kind}")
     notes = found.notes + (with_recipe.notes if with_recipe is not None else Counter[str]())

@@ -169,7 +169,7 @@ def test_a_check_counts_all_problems_and_exits_with_2(
     assert main(["data", "check", str(tmp_path / "x.parquet"), str(good)]) == 2
     output = capsys.readouterr().out
     assert "x.parquet: not a parquet file that can be read" in output
-    assert "x.parquet: 1 problems, 0 rows could be read" in output
+    assert "x.parquet: 1 problem(s), 0 rows could be read" in output
     assert "matpo_eval.parquet  64" in output  # the sound one is summarised
 
 

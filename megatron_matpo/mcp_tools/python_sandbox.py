@@ -17,9 +17,8 @@ machine, and whether a file exists, with its size and owner (not its content).
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
+import marshal
 import os
 import selectors
 import signal
@@ -142,7 +141,7 @@ class _Stream:
 
     def text(self, max_chars: int) -> str:
         text = bytes(self.data).decode("utf-8", "replace").rstrip()
-        if len(text) <= max_chars and self.num_bytes <= len(self.data):
+        if len(text) <= max_chars and self.num_bytes <= self._max_bytes:
             return text
         if self._keeps_end:
             return f"[... cut: the last {max_chars} characters are shown]\n{text[-max_chars:]}"
@@ -160,7 +159,7 @@ class Sandbox:
         self._isolation = isolation
         self._readable = [str(Path(path).resolve()) for path in readable]
         program = build_filter(may_write=isolation.landlock > 0) if isolation.seccomp else None
-        self._program = base64.b64encode(program).decode() if program else ""
+        self._program = program or b""
         self._folder = tempfile.mkdtemp(prefix="matpo-sandbox-")
         self._lock = threading.Lock()
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -251,7 +250,7 @@ class Sandbox:
         assert process.stdin is not None
         # If it died, its stderr says why.
         with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(json.dumps(job).encode())
+            process.stdin.write(marshal.dumps(job))
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
 
@@ -268,7 +267,8 @@ class _Call:
         self._stdout = _Stream(4 * limits.max_output_chars, keeps_end=False)
         self._stderr = _Stream(4 * _STDERR_CHARS, keeps_end=True)
         self._is_ready = False
-        self._deadline = time.monotonic() + _START_TIMEOUT_S
+        self._next_look = time.monotonic()
+        self._deadline = self._next_look + _START_TIMEOUT_S
 
     def finish(self) -> Reply:
         """Wait for the end, or bring it about."""
@@ -310,18 +310,24 @@ class _Call:
         return has_ended and not events
 
     def _add_error(self, chunk: bytes) -> None:
-        if not self._is_ready and chunk.startswith(READY):
+        self._stderr.add(chunk)
+        if not self._is_ready and READY in self._stderr.data:
             self._is_ready = True
             self._deadline = time.monotonic() + self._limits.timeout_s
-            chunk = chunk[len(READY) :]
-        self._stderr.add(chunk)
+            # What comes before it is the interpreter's own: warnings about its surroundings.
+            del self._stderr.data[: self._stderr.data.index(READY) + len(READY)]
 
     def _violation(self) -> str:
         """Why the process has to be ended now; empty if it may go on."""
-        if time.monotonic() >= self._deadline:
-            return f"it ran for more than {self._limits.timeout_s:g} s"
+        now = time.monotonic()
+        if now >= self._deadline:
+            limit = self._limits.timeout_s if self._is_ready else _START_TIMEOUT_S
+            return f"it ran for more than {limit:g} s"
         if self._stdout.num_bytes + self._stderr.num_bytes > _FLOOD_BYTES:
             return f"it printed more than {_FLOOD_BYTES // _MIB} MiB"
+        if now < self._next_look:
+            return ""
+        self._next_look = now + _POLL_S
         if exceeds(self._scratch, self._limits.scratch_mb * _MIB):
             return (
                 f"its files take more than {self._limits.scratch_mb} MiB, are more than "

@@ -1,9 +1,10 @@
 """Runs one piece of code under restrictions: the process that `python_sandbox` starts per call.
 
-A script, not a module: it is run by path, with nothing but the standard library. It reads a job
-(JSON) from stdin, gives up every right that the code must not have, writes `READY` to stderr, and
-runs the code. Nothing that it gave up can be taken back: no privilege is left, the limits are hard,
-and neither Landlock nor seccomp has a way back.
+A script, not a module: it is run by path, with nothing but the standard library, of which it
+imports as little as it can, because that is most of what a call costs. It reads a job (`marshal`,
+from the same interpreter) from stdin, gives up every right that the code must not have, writes
+`READY` to stderr, and runs the code. Nothing that it gave up can be taken back: no privilege is
+left, the limits are hard, and neither Landlock nor seccomp has a way back.
 
 Like a notebook, the value of a last line that is an expression is printed. A failure is printed as
 a traceback without the lines of this file, with exit code 1.
@@ -11,20 +12,15 @@ a traceback without the lines of this file, with exit code 1.
 
 from __future__ import annotations
 
-import ast
-import base64
+import _ast
 import builtins
 import ctypes
-import json
-import linecache
+import marshal
 import os
 import resource
 import signal
 import struct
 import sys
-import traceback
-import types
-from typing import Any
 
 READY = b"\x06"
 """First byte on stderr: all restrictions hold and the code is next."""
@@ -65,7 +61,7 @@ def _check(result: int, what: str) -> int:
     return result
 
 
-def _prctl(option: int, *arguments: Any) -> None:
+def _prctl(option: int, *arguments: int | ctypes.c_char_p) -> None:
     longs = [ctypes.c_ulong(value) if isinstance(value, int) else value for value in arguments]
     padding = [ctypes.c_ulong(0)] * (4 - len(longs))
     _check(_libc.prctl(option, *longs, *padding), f"prctl({option})")
@@ -147,36 +143,37 @@ def restrict_calls(program: bytes) -> None:
     _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.c_char_p(header))
 
 
-def lock(job: dict[str, Any]) -> None:
+def lock(job: dict) -> None:
     """Give up everything that the job does not grant.
 
     Raises:
         OSError: a restriction that was asked for cannot be had; the code must not run.
     """
+    set_limits(job["limits"])
+    if sys.platform != "linux":
+        return  # only where the server was told to go on without isolation
     _prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
     if os.getppid() != job["parent"]:
         raise OSError("the server is gone")
-    set_limits(job["limits"])
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    drop_privileges()
     if job["landlock"]:
         restrict_files(job["readable"], job["devices"], job["scratch"])
     if job["seccomp"]:
-        program = base64.b64decode(job["seccomp"])
-        drop_privileges()
-        restrict_calls(program)
+        restrict_calls(job["seccomp"])
 
 
 def run(code: str, import_from: list[str]) -> None:
     """Run `code` as `__main__`; print the value of a last line that is an expression."""
     sys.path += import_from
-    linecache.cache[FILE] = (len(code), None, code.splitlines(keepends=True), FILE)
-    tree = ast.parse(code, FILE)
+    tree = compile(code, FILE, "exec", _ast.PyCF_ONLY_AST)
+    assert isinstance(tree, _ast.Module)
     last = tree.body[-1] if tree.body else None
-    value: ast.Expression | None = None
-    if isinstance(last, ast.Expr):
+    value: _ast.Expression | None = None
+    if isinstance(last, _ast.Expr):
         tree.body.pop()
-        value = ast.Expression(last.value)
-    module = types.ModuleType("__main__")
+        value = _ast.Expression(last.value)
+    module = type(sys)("__main__")
     sys.modules["__main__"] = module
     names = module.__dict__
     exec(compile(tree, FILE, "exec"), names)
@@ -186,8 +183,14 @@ def run(code: str, import_from: list[str]) -> None:
             print(repr(result))
 
 
-def report(error: BaseException) -> int:
+def report(error: BaseException, code: str) -> int:
     """Print the traceback without frames of this file; the exit code."""
+    if isinstance(error, MemoryError):
+        _free(error)
+    import linecache
+    import traceback
+
+    linecache.cache[FILE] = (len(code), None, code.splitlines(keepends=True), FILE)
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return (error.code or 0) & 0xFF
@@ -203,9 +206,19 @@ def report(error: BaseException) -> int:
     return 1
 
 
+def _free(error: BaseException) -> None:
+    """Let go of what the code holds: the memory is needed to say that it ran out."""
+    sys.modules["__main__"].__dict__.clear()
+    frames = error.__traceback__
+    while frames is not None:
+        if frames.tb_frame.f_code.co_filename == FILE:
+            frames.tb_frame.clear()
+        frames = frames.tb_next
+
+
 def main() -> None:
     """Entry; ends the process without clean-up that the code could have left behind."""
-    job = json.load(sys.stdin)
+    job = marshal.load(sys.stdin.buffer)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.close(null)
@@ -217,7 +230,7 @@ def main() -> None:
         run(job["code"], job["import_from"])
         status = 0
     except BaseException as error:
-        status = report(error)
+        status = report(error, job["code"])
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -35,11 +36,11 @@ def exceeds(folder: str, max_bytes: int) -> bool:
 
 
 def remove_tree(folder: str) -> None:
-    """Delete a folder, however deeply its content is nested."""
+    """Delete a folder, however deeply its content is nested, also if others delete in it too."""
     try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        return
+        while os.path.lexists(folder):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
     except (OSError, RecursionError):
         # rm walks by file handles and keeps no stack.
         subprocess.run(

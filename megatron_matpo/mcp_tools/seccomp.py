@@ -34,7 +34,8 @@ swapon 167 224  swapoff 168 225  reboot 169 142  sethostname 170 161  setdomainn
 init_module 175 105  finit_module 313 273  delete_module 176 106  kexec_load 246 104
 kexec_file_load 320 294  acct 163 89  syslog 103 116  quotactl 179 60  vhangup 153 58
 settimeofday 164 170  clock_settime 227 112  clock_adjtime 305 266  adjtimex 159 171
-ioperm 173 -  iopl 172 -  lookup_dcookie 212 18  fanotify_init 300 262
+ioperm 173 -  iopl 172 -  lookup_dcookie 212 18  sync 162 81  syncfs 306 267
+fanotify_init 300 262  inotify_init 253 -  inotify_init1 294 26
 bpf 321 280  perf_event_open 298 241  userfaultfd 323 282  memfd_create 319 279
 add_key 248 217  request_key 249 218  keyctl 250 219  io_setup 206 0  io_submit 209 2
 shmget 29 194  shmat 30 196  shmctl 31 195  semget 64 190  semop 65 193  semtimedop 220 192
@@ -76,10 +77,12 @@ _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 
 # Open flags that create or change a file: O_WRONLY, O_RDWR, O_CREAT, O_TRUNC (the same on both).
 _WRITE_FLAGS = 0o1 | 0o2 | 0o100 | 0o1000
-# By these a process can have signals sent to others: F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN,
-# SIOCSPGRP. TIOCSTI writes into a terminal.
-_FCNTL_REFUSED = (8, 10, 15)
-_IOCTL_REFUSED = (0x8901, 0x8902, 0x5412)
+# By these a process can have signals sent to others, or keep them from a file: F_SETOWN, F_SETSIG,
+# F_SETOWN_EX, F_SETLEASE.
+_FCNTL_REFUSED = (8, 10, 15, 1024)
+# Only what asks for state, or sets that of a handle: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO,
+# FIONCLEX, FIOCLEX. Others change attributes of files that are open for reading.
+_IOCTL_ALLOWED = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 
 Instruction = tuple[int, int, int, int]
 """code, jump if true, jump if false, operand."""
@@ -112,9 +115,12 @@ def build_filter(may_write: bool) -> bytes | None:
         for text, argument in ((_OPENAT, 2), (_OPEN, 1)):
             for number in _numbers(text, column):
                 program += _if_flags(number, argument, _WRITE_FLAGS, errno.EACCES)
-    for text, values in ((_FCNTL, _FCNTL_REFUSED), (_IOCTL, _IOCTL_REFUSED)):
-        for number in _numbers(text, column):
-            program += _if_equal(number, 1, values, errno.EPERM)
+    for number in _numbers(_FCNTL, column):
+        refuse = _for_numbers(_FCNTL_REFUSED, errno.EPERM)
+        program += _look_at(number, 1, [*refuse, (_RETURN, 0, 0, _ALLOW)])
+    for number in _numbers(_IOCTL, column):
+        allow = _returns(_IOCTL_ALLOWED, _ALLOW)
+        program += _look_at(number, 1, [*allow, (_RETURN, 0, 0, _ERRNO | errno.ENOTTY)])
     for number in _numbers(_SOCKETPAIR, column):
         program += _stream_pair_only(number)
     for number in _numbers(_PRLIMIT, column):
@@ -130,10 +136,13 @@ def _numbers(table: str, column: int) -> list[int]:
 
 
 def _for_numbers(numbers: Iterable[int], error: int) -> list[Instruction]:
+    return _returns(numbers, _ERRNO | error)
+
+
+def _returns(numbers: Iterable[int], verdict: int) -> list[Instruction]:
+    """`verdict` if what was loaded is one of `numbers`; else what follows decides."""
     return [
-        item
-        for number in numbers
-        for item in ((_JUMP_EQ, 0, 1, number), (_RETURN, 0, 0, _ERRNO | error))
+        item for number in numbers for item in ((_JUMP_EQ, 0, 1, number), (_RETURN, 0, 0, verdict))
     ]
 
 
@@ -142,30 +151,19 @@ def _argument(index: int) -> Instruction:
     return (_LOAD, 0, 0, _ARGUMENTS + 8 * index)
 
 
+def _look_at(number: int, index: int, body: list[Instruction]) -> list[Instruction]:
+    """For system call `number` load an argument and let `body`, which ends all, decide."""
+    return [(_JUMP_EQ, 0, len(body) + 1, number), _argument(index), *body]
+
+
 def _if_flags(number: int, index: int, flags: int, error: int) -> list[Instruction]:
-    return [
-        (_JUMP_EQ, 0, 4, number),
-        _argument(index),
-        (_JUMP_SET, 0, 1, flags),
-        (_RETURN, 0, 0, _ERRNO | error),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
-
-
-def _if_equal(number: int, index: int, values: tuple[int, ...], error: int) -> list[Instruction]:
-    body = [
-        _argument(index),
-        *_for_numbers(values, error),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
-    return [(_JUMP_EQ, 0, len(body), number), *body]
+    body = [(_JUMP_SET, 0, 1, flags), (_RETURN, 0, 0, _ERRNO | error), (_RETURN, 0, 0, _ALLOW)]
+    return _look_at(number, index, body)
 
 
 def _stream_pair_only(number: int) -> list[Instruction]:
     """A pair of connected Unix sockets reaches nobody else; asyncio cannot start without it."""
-    return [
-        (_JUMP_EQ, 0, 7, number),
-        _argument(0),
+    body = [
         (_JUMP_EQ, 0, 4, socket.AF_UNIX),
         _argument(1),
         (_AND, 0, 0, 0xF),  # the other bits are SOCK_CLOEXEC and SOCK_NONBLOCK
@@ -173,14 +171,10 @@ def _stream_pair_only(number: int) -> list[Instruction]:
         (_RETURN, 0, 0, _ALLOW),
         (_RETURN, 0, 0, _ERRNO | errno.EPERM),
     ]
+    return _look_at(number, 0, body)
 
 
 def _own_process_only(number: int) -> list[Instruction]:
     """`prlimit64` of others is refused; process 0 is the caller."""
-    return [
-        (_JUMP_EQ, 0, 4, number),
-        _argument(0),
-        (_JUMP_EQ, 1, 0, 0),
-        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
-        (_RETURN, 0, 0, _ALLOW),
-    ]
+    body = [*_returns([0], _ALLOW), (_RETURN, 0, 0, _ERRNO | errno.EPERM)]
+    return _look_at(number, 0, body)

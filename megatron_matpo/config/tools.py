@@ -11,18 +11,19 @@ class McpServerConfig:
 
     command: str = ""
     """Program for stdio; `python` means the trainer environment's own."""
-    url: str = ""
-    """Streamable-HTTP endpoint, in place of `command`."""
-    headers_from: dict[str, str] = field(default_factory=dict[str, str])
-    """HTTP header -> environment variable that holds its whole value; never written anywhere."""
     args: list[str] = field(default_factory=list[str])
     env: dict[str, str] = field(default_factory=dict[str, str])
     """Plain values only; secrets are named in `env_from`."""
     env_from: list[str] = field(default_factory=list[str])
     """Environment variables handed through, e.g. SERPER_API_KEY; never written anywhere."""
+    url: str = ""
+    """Streamable-HTTP endpoint, in place of `command`."""
+    headers_from: dict[str, str] = field(default_factory=dict[str, str])
+    """HTTP header -> environment variable that holds its whole value; never written anywhere."""
     num_processes: int = 1
+    """Processes, or sessions with `url`; calls go to the one with the fewest in flight."""
     max_concurrency: int = 32
-    """Calls in flight over all processes of this server."""
+    """Calls in flight over all processes or sessions of this server."""
     start_timeout_s: float = 30.0
     call_timeout_s: float = 180.0
     """Deadline of one call, its retries included."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from megatron_matpo.config.validate_algo import check_algo, warn_algo
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
-from megatron_matpo.config.validate_tools import check_tools
+from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
 from megatron_matpo.errors import ConfigError
 
 Command = Literal["train", "sft", "eval"]
@@ -123,13 +122,6 @@ _BETWEEN: dict[str, tuple[float | None, float]] = {
     "cluster.base_port": (0, 65535),
 }
 _LAST_PORT = 65535
-_NODE = "; install Node 18 or newer (Debian, Ubuntu: apt-get install nodejs npm)"
-# Programs that recipes are likely to name, and how a machine gets them.
-_HOW_TO_INSTALL = {
-    "node": _NODE,
-    "npx": _NODE,
-    "uvx": "; install uv (pip install uv)",
-}
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -161,7 +153,8 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
         if command == "eval" or not config.rollout.replay:
             problems += [*check_planner(config), *check_agent_limits(config)]
             problems += _check_rollout(config)
-            problems += [*_check_programs(config), *check_judge_key(config)]
+            problems += [*_check_programs(config), *check_tool_machine(config)]
+            problems += check_judge_key(config)
     return problems
 
 
@@ -338,21 +331,10 @@ def _check_layout(config: Config, command: Command) -> Iterator[str]:
 
 
 def _check_programs(config: Config) -> Iterator[str]:
-    """Programs and environment variables that the run starts with."""
+    """Programs that the run starts with; those of tools have a check of their own."""
     python = config.rollout.python
     if not Path(python).is_file() or not os.access(python, os.X_OK):
         yield (
             f"rollout.python={python}: no such program; `make setup` builds the rollout "
             "environment, or name the Python of an environment that has SGLang"
         )
-    used = {tool for agent in config.agents.values() for tool in agent.tools}
-    for name, server in config.tools.servers.items():
-        if name not in used:
-            continue
-        path = f"tools.servers.{name}"
-        if server.command not in ("", "python") and shutil.which(server.command) is None:
-            hint = _HOW_TO_INSTALL.get(server.command, "")
-            yield f"{path}.command={server.command}: no such program on PATH{hint}"
-        for variable in server.env_from:
-            if not os.environ.get(variable):
-                yield f"{path}.env_from={variable}: the environment variable is not set"

@@ -1,4 +1,7 @@
-"""One server process with its MCP session, kept alive by a task of its own.
+"""One MCP session with a server, kept alive by a task of its own.
+
+Below it lies a `Link`: a process of ours (`process.ServerProcess`) or an address on the network
+(`remote.HttpLink`). Either is opened again, with growing pauses, whenever it goes away.
 
 The SDK's session is made of cancel scopes that must be entered and left by the same task, so the
 session lives in `Connection._run` from start to end; callers from other tasks only send requests.
@@ -9,16 +12,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from mcp import ClientSession, Implementation
+from mcp.client._transport import ReadStream, WriteStream
 from mcp.shared.exceptions import MCPError
+from mcp.shared.message import SessionMessage
 from mcp_types import CONNECTION_CLOSED, CallToolResult, PaginatedRequestParams, Tool
 
 from megatron_matpo.errors import ToolError
-from megatron_matpo.mcp_tools.launch import Launch
-from megatron_matpo.mcp_tools.process import ServerProcess, clean_arguments
+from megatron_matpo.mcp_tools.process import clean_arguments
 
 FIRST_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 30.0
@@ -31,15 +35,77 @@ _CLIENT = Implementation(name="megatron_matpo", version="1")
 
 
 class ConnectionLostError(Exception):
-    """The process went away before it answered."""
+    """The transport broke before the answer came; says how, if that is known already."""
+
+
+class Target(Protocol):
+    """Where a server is: a command (`launch.Launch`) or an address (`remote.Remote`)."""
+
+    @property
+    def server(self) -> str:
+        """The server's name in the recipe."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    def redact(self, text: str) -> str:
+        """`text` without the target's secrets."""
+        ...
+
+
+class Link(Protocol):
+    """An open transport. Errors of the transport never leave it as exceptions of its own."""
+
+    ended: asyncio.Event
+    """Set when no further message can come."""
+
+    @property
+    def read_stream(self) -> ReadStream[SessionMessage | Exception]:
+        """Messages of the server."""
+        ...
+
+    @property
+    def write_stream(self) -> WriteStream[SessionMessage]:
+        """Messages to the server."""
+        ...
+
+    @property
+    def pid(self) -> int | None:
+        """Process id, None if it is no process of ours."""
+        ...
+
+    def give_up(self, fault: str) -> None:
+        """Take it for lost: calls in flight end as if the connection had broken."""
+        ...
+
+    def end_text(self) -> str:
+        """Why it is no longer usable."""
+        ...
+
+    def lost_text(self, error: MCPError) -> str:
+        """What happened if `error` is the transport's own; empty if the server said it."""
+        ...
+
+    async def stop(self) -> None:
+        """Close it; nothing of it is left afterwards."""
+        ...
 
 
 class Connection:
-    """Starts a process, restarts it when it dies, and sends calls to it."""
+    """Opens a link, opens it again when it ends, and sends calls over it."""
 
-    def __init__(self, launch: Launch, start_timeout_s: float, on_change: Callable[[], None]):
+    def __init__(
+        self,
+        target: Target,
+        open_link: Callable[[], Awaitable[Link]],
+        start_timeout_s: float,
+        on_change: Callable[[], None],
+    ) -> None:
         """`on_change` is called whenever the connection became usable or unusable."""
-        self.launch = launch
+        self.target = target
         self.tools: list[Tool] = []
         self.in_flight = 0
         self.num_restarts = 0
@@ -47,7 +113,8 @@ class Connection:
         self._start_timeout_s = start_timeout_s
         self._on_change = on_change
         self._session: ClientSession | None = None
-        self._process: ServerProcess | None = None
+        self._open_link = open_link
+        self._link: Link | None = None
         self._deaths_in_a_row = 0
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -57,9 +124,7 @@ class Connection:
     def is_ready(self) -> bool:
         """Calls can be sent now."""
         return (
-            self._session is not None
-            and self._process is not None
-            and not self._process.ended.is_set()
+            self._session is not None and self._link is not None and not self._link.ended.is_set()
         )
 
     @property
@@ -74,21 +139,21 @@ class Connection:
 
     @property
     def pid(self) -> int | None:
-        """Process id, None while there is no process."""
-        return self._process.pid if self._process else None
+        """Process id, None while there is no process of ours."""
+        return self._link.pid if self._link else None
 
     async def start(self) -> None:
-        """Start the process and shake hands; afterwards it is restarted whenever it dies.
+        """Open the link and shake hands; afterwards it is opened again whenever it ends.
 
         Raises:
             ToolError: it does not start inside `start_timeout_s`, exits, or does not speak MCP.
         """
         started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._task = asyncio.create_task(self._run(started), name=self.launch.name)
+        self._task = asyncio.create_task(self._run(started), name=self.target.name)
         # The task itself is waited for as well: whatever ends it must not leave `started` open.
         await asyncio.wait([self._task, started], return_when=asyncio.FIRST_COMPLETED)
         if not started.done():
-            raise ToolError(f"{self.launch.name} did not start: {self._task.exception()!r}")
+            raise ToolError(f"{self.target.name} did not start: {self._task.exception()!r}")
         await started
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> CallToolResult:
@@ -98,16 +163,16 @@ class Connection:
             ConnectionLostError: no answer can come any more.
             MCPError: the server answered with a JSON-RPC error.
         """
-        session, process = self._session, self._process
-        if session is None or process is None:
+        session, link = self._session, self._link
+        if session is None or link is None:
             raise ConnectionLostError
         self.in_flight += 1
         try:
             result = await session.call_tool(tool, clean_arguments(arguments))
         except MCPError as error:
-            # Servers use the same code for errors of their own.
-            if error.code == CONNECTION_CLOSED and process.ended.is_set():
-                raise ConnectionLostError from error
+            if lost := link.lost_text(error):
+                raise ConnectionLostError(lost) from error
+            self._deaths_in_a_row = 0
             raise
         finally:
             self.in_flight -= 1
@@ -117,10 +182,10 @@ class Connection:
     def suspect(self) -> None:
         """A call ran past its deadline: if the server does not answer a ping, restart it."""
         if self._ping is None or self._ping.done():
-            self._ping = asyncio.create_task(self._check(), name=f"ping {self.launch.name}")
+            self._ping = asyncio.create_task(self._check(), name=f"ping {self.target.name}")
 
     async def close(self) -> None:
-        """Stop the process; returns when it is gone."""
+        """Stop the process or end the session; returns when it is gone."""
         self._closing.set()
         self._on_change()
         if self._ping is not None:
@@ -131,14 +196,14 @@ class Connection:
             await asyncio.wait([self._task])
 
     async def _check(self) -> None:
-        session, process = self._session, self._process
-        if session is None or process is None:
+        session, link = self._session, self._link
+        if session is None or link is None:
             return
         try:
             async with asyncio.timeout(PING_TIMEOUT_S):
                 await session.send_ping()
         except TimeoutError:
-            process.give_up(f"was ended: it did not answer a ping in {PING_TIMEOUT_S:g} s")
+            link.give_up(f"was ended: it did not answer a ping in {PING_TIMEOUT_S:g} s")
         except MCPError:
             return  # it speaks, even if it does not know `ping`
 
@@ -161,39 +226,39 @@ class Connection:
                 await asyncio.wait_for(self._closing.wait(), delay)
             self.num_restarts += not self._closing.is_set()
         if not started.done():
-            started.set_exception(ToolError(f"{self.launch.name} was closed while it started"))
+            started.set_exception(ToolError(f"{self.target.name} was closed while it started"))
 
     async def _serve(self, started: asyncio.Future[None]) -> str:
-        """One life of the process; returns why it ended."""
+        """One life of the link; returns why it ended."""
         # Shielded: a cancelled spawn would leave a process that nobody knows.
-        spawning = asyncio.ensure_future(ServerProcess.spawn(self.launch))
+        opening = asyncio.ensure_future(self._open_link())
         try:
-            process = await asyncio.shield(spawning)
+            link = await asyncio.shield(opening)
         except ToolError as error:
             return str(error)
         except asyncio.CancelledError:
             with contextlib.suppress(ToolError):
-                await (await spawning).stop()
+                await (await opening).stop()
             raise
-        self._process = process
+        self._link = link
         failure = ""
         try:
             # Errors leave the body as values: the session's task group would wrap them in groups.
             async with ClientSession(
-                process.read_stream, process.write_stream, client_info=_CLIENT
+                link.read_stream, link.write_stream, client_info=_CLIENT
             ) as session:
-                failure = await self._shake_hands(session)
+                failure = await self._shake_hands(session, link)
                 if not failure:
                     self._session = session
                     if not started.done():
                         started.set_result(None)
                     self._on_change()
-                    await self._until_closing_or(process.ended)
+                    await self._until_closing_or(link.ended)
         finally:
             self._session = None
-            await process.stop()
-            self._process = None
-        return f"{self.launch.name} {failure}{process.end_text()}"
+            await link.stop()
+            self._link = None
+        return f"{self.target.name} {failure}{link.end_text()}"
 
     async def _until_closing_or(self, ended: asyncio.Event) -> None:
         waits = [asyncio.create_task(event.wait()) for event in (self._closing, ended)]
@@ -203,7 +268,7 @@ class Connection:
             for wait in waits:
                 wait.cancel()
 
-    async def _shake_hands(self, session: ClientSession) -> str:
+    async def _shake_hands(self, session: ClientSession, link: Link) -> str:
         """Initialise and list the tools; returns what went wrong, or an empty string."""
         try:
             async with asyncio.timeout(self._start_timeout_s):
@@ -211,10 +276,12 @@ class Connection:
                 self.tools = await _list_tools(session)
         except TimeoutError:
             return (
-                f"did not start within tools.servers.{self.launch.server}.start_timeout_s = "
+                f"did not start within tools.servers.{self.target.server}.start_timeout_s = "
                 f"{self._start_timeout_s:g} s; it was ended and "
             )
         except MCPError as error:
+            if lost := link.lost_text(error):
+                link.give_up(lost)
             if error.code == CONNECTION_CLOSED:
                 return "did not start: it "
             return f"did not start: it answered the handshake with {error.message!r} and "

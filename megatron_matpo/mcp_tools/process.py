@@ -7,6 +7,7 @@ and reads a long line in quadratic time, so this is a transport of our own under
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import json
 import math
@@ -17,8 +18,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import anyio
+from mcp.shared.exceptions import MCPError
 from mcp.shared.message import SessionMessage
-from mcp_types import jsonrpc_message_adapter
+from mcp_types import CONNECTION_CLOSED, jsonrpc_message_adapter
 
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools.launch import Launch, end_with_parent, exit_text
@@ -30,6 +32,8 @@ GARBAGE_GRACE_S = 4.0
 EXIT_GRACE_S = 2.0
 """Between closing stdin, SIGTERM and SIGKILL."""
 _READ_BYTES = 2**18
+_LONGEST_HELD_CHARS = 4096
+"""Of a line of stderr without end; a secret is shorter."""
 
 
 class _WriteStream:
@@ -94,6 +98,10 @@ class ServerProcess:
         ](math.inf)
         self.write_stream = _WriteStream(process.stdin)
         self._reader = asyncio.create_task(self._read(), name=f"read {launch.name}")
+        self._logger: asyncio.Task[None] | None = None
+        if process.stderr is not None:
+            copying = _copy_redacted(process.stderr, launch)
+            self._logger = asyncio.create_task(copying, name=f"log {launch.name}")
 
     @classmethod
     async def spawn(cls, launch: Launch) -> ServerProcess:
@@ -110,7 +118,8 @@ class ServerProcess:
                     *launch.argv,
                     stdin=asyncio.subprocess.PIPE,
                     stdout=asyncio.subprocess.PIPE,
-                    stderr=log,
+                    # What may quote a secret goes through us; all else straight into the file.
+                    stderr=asyncio.subprocess.PIPE if launch.secrets else log,
                     env=dict(launch.env),
                     limit=2 * _READ_BYTES,
                     # A group of its own: Ctrl-C reaches us first, and `stop` reaches children.
@@ -139,7 +148,13 @@ class ServerProcess:
     def end_text(self) -> str:
         """Why the process is no longer usable, with the last lines of its stderr."""
         reason = self.fault or exit_text(self._process.returncode)
-        return f"{reason}\n{self.launch.describe(self._log_offset)}"
+        return f"{self.launch.redact(reason)}\n{self.launch.describe(self._log_offset)}"
+
+    def lost_text(self, error: MCPError) -> str:
+        """What happened if `error` came of the end of the process; empty if the server said it."""
+        # Servers use the same code for errors of their own.
+        is_ours = error.code == CONNECTION_CLOSED and self.ended.is_set()
+        return self.end_text() if is_ours else ""
 
     async def stop(self) -> None:
         """Close stdin, wait, SIGTERM, wait, SIGKILL; then no process of its group is left."""
@@ -158,6 +173,11 @@ class ServerProcess:
             self.read_stream.close()
         await self._exits(EXIT_GRACE_S)
         await asyncio.wait([self._reader])
+        if self._logger is not None:
+            # It ends with the last process that holds stderr, which may have left the group.
+            await asyncio.wait([self._logger], timeout=EXIT_GRACE_S)
+            self._logger.cancel()
+            await asyncio.wait([self._logger])
 
     async def _exits(self, timeout_s: float) -> bool:
         # Not Process.wait() alone: it also waits for the pipes, which a grandchild may hold.
@@ -216,6 +236,20 @@ class ServerProcess:
     def _cancel_timer(self) -> None:
         if self._garbage_timer is not None:
             self._garbage_timer.cancel()
+
+
+async def _copy_redacted(stderr: asyncio.StreamReader, launch: Launch) -> None:
+    """Append what the process writes to its log, line by line, without the values of secrets."""
+    with launch.log_path.open("ab", buffering=0) as log:
+        rest = ""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        while chunk := await stderr.read(_READ_BYTES):
+            # Redacted before it is split, so that what is held back holds no end of a secret.
+            text = launch.redact(rest + decoder.decode(chunk))
+            end = max(text.rfind("\n") + 1, len(text) - _LONGEST_HELD_CHARS)
+            log.write(text[:end].encode("utf-8", "replace"))
+            rest = text[end:]
+        log.write(launch.redact(rest).encode("utf-8", "replace"))
 
 
 def parse_message(line: bytes) -> Any:

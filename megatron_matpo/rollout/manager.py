@@ -28,7 +28,7 @@ from megatron_matpo.data.chat import Chat
 from megatron_matpo.data.dataset import Question, read_questions
 from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.errors import ConfigError, MatpoError, RolloutError
-from megatron_matpo.mcp_tools.pool import McpToolBox
+from megatron_matpo.mcp_tools.toolbox import open_tool_box
 from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout.collect import RolloutManager
@@ -65,7 +65,8 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
             Judge(config.reward.judge, cache if kept.judge else None)
         )
         server.detail = "starting tool servers"
-        tools = await stack.enter_async_context(McpToolBox(config.tools, run_dir / "logs"))
+        opening = open_tool_box(config.tools, run_dir / "logs", cache)
+        tools = await stack.enter_async_context(opening)
         router = await _connect(config, plan, engine_key, chat, stack)
         manager = RolloutManager(config, router.sampler, tools, chat, questions, judge)
         stack.push_async_callback(server.close)  # requests end before what they use

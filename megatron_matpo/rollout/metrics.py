@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_matpo.agents.grammar import CallOutcome
 from megatron_matpo.agents.tools import ToolBox, ToolReply, ToolSpec
 from megatron_matpo.errors import ToolError
 from megatron_matpo.rollout.refill import Collected
 from megatron_matpo.types import Episode, Group, Role, Status, Trajectory
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A tool box that counts what happens inside it, as a run's does (`mcp_tools.toolbox`)."""
+
+    def counters(self) -> Mapping[str, float]:
+        """Running totals by metric name."""
+        ...
 
 
 class MeteredToolBox:
@@ -27,6 +36,8 @@ class MeteredToolBox:
         """Calls that the infrastructure failed."""
         self.latency_s = 0.0
         """Sum over answered calls."""
+        self._counting = inner if isinstance(inner, Counting) else None
+        self._before = self._counting.counters() if self._counting else {}
 
     def specs(self) -> list[ToolSpec]:
         """As `ToolBox.specs`."""
@@ -46,9 +57,11 @@ class MeteredToolBox:
         return reply
 
     def metrics(self) -> dict[str, float]:
-        """`tools/*` of the step."""
+        """`tools/*` of the step; steps that overlap share the numbers of what `inner` counts."""
         num_answered = self.num_calls - self.num_failures
-        return {
+        after = self._counting.counters() if self._counting else {}
+        inside = {name: value - self._before[name] for name, value in after.items()}
+        return inside | {
             "tools/calls": self.num_calls,
             "tools/errors": self.num_errors,
             "tools/failures": self.num_failures,

@@ -65,7 +65,8 @@ def test_a_judged_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # All four give the same answer to the same question: it is judged once.
     assert batch.metrics["judge/calls"] == len(fake.prompts) == 1
     assert batch.metrics["judge/cache_hits"] == 3
-    rows = sqlite3.connect(run_dir / "cache.sqlite").execute("SELECT reply FROM replies").fetchall()
+    query = "SELECT reply FROM replies WHERE service = 'judge'"  # the search is kept as well
+    rows = sqlite3.connect(run_dir / "cache.sqlite").execute(query).fetchall()
     assert rows == [("correct",)]
     for path in run_dir.rglob("*"):
         assert path.is_dir() or KEY.encode() not in path.read_bytes(), path

@@ -24,7 +24,7 @@ _MAX_INNER_CHARS = 400
 """Of an address inside another; patterns look at its beginning."""
 _DROPPED = re.compile(r"[\t\n\r]")
 _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*):")
-_HOST_AND_PORT = re.compile(r"[^/?#:]+:\d*(?:[/?#]|$)")
+_HOST_AND_PORT = re.compile(r"(?!https?:)[^/?#:]+:\d+(?:[/\\?#]|$)", re.IGNORECASE)
 _INNER_URL = re.compile(r"https?:[/\\]+", re.IGNORECASE)
 _DOTTED = re.compile(r"(?<=[/\\=:@?&,])(?:[a-z0-9_-]+\.)+[a-z][a-z0-9-]*", re.IGNORECASE)
 _END_OF_INNER = re.compile(r"[&\s\"'<>]")
@@ -68,7 +68,7 @@ def parse(text: str) -> Address:
     if len(text) > _MAX_CHARS:
         raise BadAddressError(f"longer than {_MAX_CHARS} characters")
     scheme = _SCHEME.match(text)
-    if scheme and not (_HOST_AND_PORT.match(text) and "." in scheme[1]):
+    if scheme and not _HOST_AND_PORT.match(text):
         if scheme[1].lower() not in ("http", "https"):
             raise BadAddressError(f"{scheme[1].lower()}: is not http or https")
         text = text[scheme.end() :]

@@ -70,6 +70,28 @@ def call(name: str, arguments: dict[str, object]) -> dict[str, object]:
             with LOCK:
                 raw = '{"content":[{"type":"text","text":"cut \\ud83d"}],"isError":false}'
                 return {"raw": raw}
+        case "stderr":
+            for part in arguments["parts"]:  # type: ignore[attr-defined]
+                print(part, end="", file=sys.stderr, flush=True)
+                time.sleep(0.05)
+            return text("written")
+        case "babble":  # lines that are no messages, without end
+            while True:
+                with LOCK:
+                    print("debug output", flush=True)
+                time.sleep(0.01)
+        case "drip":  # an answer that never ends, a byte at a time
+            while True:
+                os.write(1, b" ")
+                time.sleep(0.01)
+        case "flood":
+            while True:
+                os.write(1, b"x" * 2**16)
+        case "unasked":
+            for number in range(100):
+                write({"jsonrpc": "2.0", "id": 10_000 + number, "result": {}})
+                write({"jsonrpc": "2.0", "method": "notifications/nobody_knows"})
+            return text("after all")
         case "noise":
             print("debug output on stdout", flush=True)
             return text("after noise")

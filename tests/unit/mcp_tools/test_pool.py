@@ -111,7 +111,9 @@ def test_infrastructure_failures_are_errors(
     monkeypatch.setenv("KEY", "sesame-open")
 
     async def body(box: McpToolBox) -> None:
-        with pytest.raises(ToolError, match=r"3 attempts; the service behind it failed: fetch failed \*\*\*$"):
+        with pytest.raises(
+            ToolError, match=r"3 attempts; the service behind it failed: fetch failed \*\*\*$"
+        ):
             await box.call("a", "outage", {})
         with pytest.raises(ToolError, match="a/nonsense: the server broke the protocol"):
             await box.call("a", "nonsense", {})

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Creates the two environments: .venv (trainer, manager, development tools) and .venv-rollout (SGLang).
+# Where npm is, it also installs the web search server of recipes/web_search.yaml (tools/serper).
 #
 # They are separate because the pins of SGLang and those of the trainer drift apart with every release.
 # Running it again does nothing unless a requirement file, pyproject.toml or this script changed.
@@ -58,15 +59,34 @@ make_rollout() { # make_rollout STAMP
     echo "$1" >.venv-rollout/.matpo-stamp
 }
 
+# Best effort: nothing but that recipe needs it. A failure is stamped too, so that it costs time once.
+make_serper() { # make_serper STAMP
+    local log=tools/serper/install.log
+    if ! timeout 120 npm ci --prefix tools/serper --ignore-scripts --no-audit --no-fund \
+        --fetch-retries 0 --fetch-timeout 20000 >"$log" 2>&1; then
+        echo "setup: the web search server was not installed (see $log); recipes/web_search.yaml" \
+            "needs it: npm ci --prefix tools/serper" >&2
+    fi
+    mkdir -p tools/serper/node_modules
+    echo "$1" >tools/serper/node_modules/.matpo-stamp
+}
+
 trainer_stamp="$(stamp_of tools/setup.sh pyproject.toml requirements/trainer-cpu.txt)"
 rollout_stamp="$(stamp_of tools/setup.sh requirements/rollout-cpu.txt requirements/rollout-cpu-nodeps.txt)"
+serper_stamp="$(stamp_of tools/serper/package.json tools/serper/package-lock.json)"
 
+# The installations run in the background, which Ctrl-C does not reach by itself.
+trap 'trap - TERM; kill 0' INT TERM
+serper_pid=""
+if command -v npm >/dev/null && ! is_current tools/serper/node_modules "$serper_stamp"; then
+    make_serper "$serper_stamp" &
+    serper_pid="$!"
+fi
 if is_current .venv "$trainer_stamp" && is_current .venv-rollout "$rollout_stamp"; then
+    [[ -z "$serper_pid" ]] || wait "$serper_pid" || true
     exit 0
 fi
 check_python
-# The installations run in the background, which Ctrl-C does not reach by itself.
-trap 'trap - TERM; kill 0' INT TERM
 trainer_pid=""
 rollout_pid=""
 start_s="$SECONDS"
@@ -83,6 +103,7 @@ fi
 failed=""
 [[ -z "$trainer_pid" ]] || wait "$trainer_pid" || failed="$failed .venv"
 [[ -z "$rollout_pid" ]] || wait "$rollout_pid" || failed="$failed .venv-rollout"
+[[ -z "$serper_pid" ]] || wait "$serper_pid" || true
 [[ -z "$failed" ]] || die "could not make:$failed (pip's message is above)"
 if [[ -n "$trainer_pid$rollout_pid" ]]; then
     echo "setup: done in $((SECONDS - start_s)) s"

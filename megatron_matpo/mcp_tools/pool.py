@@ -50,7 +50,7 @@ _OUTAGE = re.compile(
 def is_outage(message: str, arguments: Mapping[str, Any]) -> bool:
     """Whether a server's error is about the service behind it; what it quotes does not count."""
     for value in arguments.values():
-        if isinstance(value, str) and value:
+        if isinstance(value, str) and _OUTAGE.search(value):
             message = message.replace(value, "")
     return _OUTAGE.search(message) is not None
 

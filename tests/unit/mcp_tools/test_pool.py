@@ -19,7 +19,7 @@ from megatron_matpo.agents.tools import ToolReply
 from megatron_matpo.config.tools import McpServerConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools import process
-from megatron_matpo.mcp_tools.pool import McpToolBox
+from megatron_matpo.mcp_tools.pool import McpToolBox, is_outage
 from tests.helpers.rogue import rogue, with_box
 
 
@@ -122,6 +122,13 @@ def test_infrastructure_failures_are_errors(
         assert (await box.call("a", "echo", {"text": "fine"})).text == "fine"
 
     with_box(tmp_path, {"a": rogue(env_from=["KEY"])}, body)
+
+
+def test_a_query_that_speaks_of_outages_is_none() -> None:
+    arguments = {"q": "fetch failed ECONNRESET", "hl": "en"}
+    assert not is_outage("search for 'fetch failed ECONNRESET' failed: bad request", arguments)
+    assert is_outage("search for 'x' failed: Not enough credits", {"q": "x", "hl": "en"})
+    assert is_outage("search for 'fetch failed ECONNRESET' failed: ETIMEDOUT", arguments)
 
 
 def test_arguments_with_half_a_surrogate_pair_are_sent(tmp_path: Path) -> None:

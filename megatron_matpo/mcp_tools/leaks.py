@@ -52,23 +52,24 @@ LEAKS = (
     "github.com/mzf666/matpo",
 )
 
-ALIASES = {
-    # Other names of a host, with the same paths.
-    "hf.co": "huggingface.co",
-    "huggingface.com": "huggingface.co",
-    "hf-mirror.com": "huggingface.co",
-    # The same files: /OWNER/REPOSITORY/...
-    "raw.githubusercontent.com": "github.com",
-    "media.githubusercontent.com/media": "github.com",
-    "codeload.github.com": "github.com",
-    "api.github.com/repos": "github.com",
-    "raw.githack.com": "github.com",
-    "github1s.com": "github.com",
-    "github.dev": "github.com",
-    "deepwiki.com": "github.com",
-    "cdn.jsdelivr.net/gh": "github.com",
+_HUB = (("", "huggingface.co"),)
+_GITHUB = (("", "github.com"),)
+ALIASES: dict[str, tuple[tuple[str, str], ...]] = {
+    "hf.co": _HUB,
+    "huggingface.com": _HUB,
+    "hf-mirror.com": _HUB,
+    # The same files, as /OWNER/REPOSITORY/...
+    "raw.githubusercontent.com": _GITHUB,
+    "codeload.github.com": _GITHUB,
+    "raw.githack.com": _GITHUB,
+    "github1s.com": _GITHUB,
+    "github.dev": _GITHUB,
+    "deepwiki.com": _GITHUB,
+    "media.githubusercontent.com": (("/media", "github.com"),),
+    "api.github.com": (("/repos", "github.com"),),
+    "cdn.jsdelivr.net": (("/gh", "github.com"),),
 }
-"""`host[/path]`, or a subdomain of it -> the host whose patterns apply to the rest."""
+"""Host, or its subdomains -> what its paths begin with, and the host that the rest belongs to."""
 
 _SHORTENERS_TEXT = (
     "adf.ly bit.ly bitly.com bl.ink buff.ly clck.ru cutt.ly db.tt dlvr.it dub.sh fb.me git.io"

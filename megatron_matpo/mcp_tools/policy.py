@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 from megatron_matpo.agents.tools import ToolBox, ToolReply, ToolSpec
@@ -20,7 +21,9 @@ from megatron_matpo.config.tools import UrlPolicyConfig
 from megatron_matpo.mcp_tools.leaks import ALIASES, LEAKS, REBINDERS, SHORTENERS
 from megatron_matpo.mcp_tools.urls import Address, BadAddressError, inner, ip_of, parse
 
-_PRIVATE_SUFFIXES = ("localhost", "local", "internal", "intranet", "lan", "home.arpa", "corp")
+_PRIVATE_DOMAINS = REBINDERS | {
+    *("localhost", "local", "internal", "intranet", "lan", "home.arpa", "corp"),
+}
 # The bundled document server gives this name to documents that have no address of their own.
 _NOT_PRIVATE = "documents.local"
 _URL_KEY = re.compile(r"(?:.*[_-])?(?:ur[il]|link|href|website)s?|.*(?:Ur[il]|Link|URL)s?")
@@ -34,6 +37,7 @@ _IS_OPENABLE = re.compile(
 _OWN_ADDRESS = frozenset({"url", "canonical", "og:url", "twitter:url", "al:web:url"})
 """Keys by which the metadata of a scraped page tell its own address."""
 _DROPPED = object()
+_MAX_REMEMBERED = 8192
 
 
 class UrlPolicy:
@@ -50,6 +54,8 @@ class UrlPolicy:
         self._blocked = _compile(config.block)
         self._allowed = _compile(config.allow)
         self._private = config.block_private
+        # The episodes of one question meet the same addresses.
+        self._remembered = lru_cache(_MAX_REMEMBERED)(self._judge)
 
     def refusal(self, text: str) -> str:
         """Why the address may not be opened; empty if it may.
@@ -57,6 +63,9 @@ class UrlPolicy:
         Raises:
             BadAddressError: it is no address, or none that can be judged.
         """
+        return self._remembered(text)
+
+    def _judge(self, text: str) -> str:
         address = parse(text)
         if reason := self._blocks(address, is_sure=True):
             return reason
@@ -200,12 +209,20 @@ def is_private(host: str) -> bool:
         return not address.is_global or address.is_multicast
     if host == _NOT_PRIVATE:
         return False
-    return "." not in host or _belongs_to(host, _PRIVATE_SUFFIXES) or _belongs_to(host, REBINDERS)
+    return "." not in host or _belongs_to(host, _PRIVATE_DOMAINS)
 
 
-def _belongs_to(host: str, domains: frozenset[str] | tuple[str, ...]) -> bool:
-    labels = host.split(".")
-    return any(".".join(labels[start:]) in domains for start in range(len(labels)))
+def _belongs_to(host: str, domains: frozenset[str]) -> bool:
+    return any(domain in domains for domain in _domains_of(host))
+
+
+def _domains_of(host: str) -> Iterator[str]:
+    """`a.b.c` -> `a.b.c`, `b.c`, `c`."""
+    yield host
+    dot = host.find(".")
+    while dot >= 0:
+        yield host[dot + 1 :]
+        dot = host.find(".", dot + 1)
 
 
 def _compile(patterns: tuple[str, ...] | list[str]) -> re.Pattern[str] | None:
@@ -231,12 +248,10 @@ def _matches(patterns: re.Pattern[str], address: Address) -> bool:
 def _places(address: Address) -> Iterator[str]:
     """`host/path` of the address, and of the host that it is another name of."""
     yield address.place
-    for alias, host in ALIASES.items():
-        name, slash, path = alias.partition("/")
-        if not _belongs_to(address.host, (name,)):
-            continue
-        if not path or address.path.startswith(f"/{path}/"):
-            yield address.host.removesuffix(name) + host + address.path.removeprefix(slash + path)
+    for name in _domains_of(address.host):
+        for prefix, host in ALIASES.get(name, ()):
+            if not prefix or address.path.startswith(f"{prefix}/"):
+                yield address.host.removesuffix(name) + host + address.path.removeprefix(prefix)
 
 
 def _addresses_of(value: Any, key: str) -> Iterator[str]:

@@ -83,6 +83,8 @@ def parse(text: str) -> Address:
 
 def ip_of(host: str) -> _IPv4 | _IPv6 | None:
     """The IP address that a normalised host is; an IPv4 address inside an IPv6 one is found."""
+    if not host[-1:].isdigit() and ":" not in host:
+        return None
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

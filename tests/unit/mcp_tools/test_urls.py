@@ -221,7 +221,13 @@ def test_an_allow_list_admits_nothing_else_and_nothing_blocked() -> None:
 
 
 def test_what_is_very_long_or_very_nested_is_judged_quickly_and_without_error() -> None:
-    for text in ("a.b/" * 2000, "https://x.example/?" + "u=https://y.example/" * 400):
+    many = "https://x.example/?" + "u=https://y.example/" * 400
+    for text in (
+        "a.b/" * 2000,
+        many,
+        "https://github.com/" + "gaia" * 2000,
+        "https://x.org/" + "%25" * 700,
+    ):
         assert DEFAULT.refusal(text) == ""
     assert DEFAULT.refusal("https://x.example/" + "a.b/" * 1000 + SET)
 
@@ -231,4 +237,6 @@ def test_the_lists_are_written_as_they_are_matched() -> None:
     assert len(set(names)) == len(names)
     for name in names:
         assert name == name.lower() and "://" not in name and not name.endswith("/")
+    for prefix, host in (pair for pairs in ALIASES.values() for pair in pairs):
+        assert (not prefix or prefix.startswith("/")) and "/" not in host
     assert not any(is_private(name.partition("/")[0]) for name in names if name not in REBINDERS)

@@ -258,7 +258,7 @@ class Connection:
             self._session = None
             await link.stop()
             self._link = None
-        return f"{self.target.name} {failure}{link.end_text()}"
+        return self.target.redact(f"{self.target.name} {failure}{link.end_text()}")
 
     async def _until_closing_or(self, ended: asyncio.Event) -> None:
         waits = [asyncio.create_task(event.wait()) for event in (self._closing, ended)]

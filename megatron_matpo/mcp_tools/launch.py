@@ -93,7 +93,8 @@ def plan_launch(server: str, index: int, config: McpServerConfig, log_dir: Path)
         argv=(command, *config.args),
         log_path=log_dir / file_name,
         env=inherited | dict(config.env) | handed,
-        secrets=tuple(value for value in handed.values() if len(value) >= 4),
+        # The longest first: a shorter one may be its beginning.
+        secrets=tuple(sorted((v for v in handed.values() if len(v) >= 4), key=len, reverse=True)),
     )
 
 

@@ -49,7 +49,6 @@ class Remote:
     """Which of the server's `num_processes` sessions."""
     url: str
     call_timeout_s: float
-    max_concurrency: int
     headers: dict[str, str] = field(repr=False)
     secrets: tuple[str, ...] = field(default=(), repr=False)
 
@@ -90,7 +89,6 @@ def plan_remote(server: str, index: int, config: McpServerConfig) -> Remote:
         index=index,
         url=config.url,
         call_timeout_s=config.call_timeout_s,
-        max_concurrency=config.max_concurrency,
         headers=headers,
         secrets=tuple(sorted((part for part in parts if len(part) >= 4), key=len, reverse=True)),
     )

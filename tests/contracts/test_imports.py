@@ -58,6 +58,7 @@ HEAVY = {
     "pyarrow": {"data"},
     "tokenizers": {"data"},
     "mcp": {"mcp_tools"},
+    "httpx2": {"mcp_tools"},
     "orjson": {"rollout"},
     "aiohttp": {"rollout", "rewards", "mcp_tools"},
     "openai": set(),  # the judge needs one POST

@@ -27,12 +27,11 @@ def with_box(
     tmp_path: Path,
     servers: dict[str, McpServerConfig],
     body: Callable[[McpToolBox], Awaitable[object]],
-    **settings: int,
 ) -> None:
     """Run `body` with started servers; afterwards none of them may be left."""
 
     async def run() -> None:
-        box = McpToolBox(ToolsConfig(servers, **settings), tmp_path)
+        box = McpToolBox(ToolsConfig(servers), tmp_path)
         async with box:
             pids = box.pids()
             await body(box)

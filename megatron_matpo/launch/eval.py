@@ -6,12 +6,15 @@ import json
 import re
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from megatron_matpo.config.load import load_resolved
 from megatron_matpo.config.plan import make_plan, num_ports
 from megatron_matpo.config.root import Config
+from megatron_matpo.config.validate import collect_warnings
 from megatron_matpo.data.dataset import read_questions
+from megatron_matpo.errors import ConfigError
 from megatron_matpo.evaluation.asked import open_sets
 from megatron_matpo.evaluation.inputs import (
     FOLDER,
@@ -29,7 +32,7 @@ from megatron_matpo.launch.guard import run_guarded
 from megatron_matpo.launch.ports import free_ports
 from megatron_matpo.launch.preflight import check_recipe
 from megatron_matpo.launch.roles import plan_roles
-from megatron_matpo.launch.run_folder import open_run_folder
+from megatron_matpo.launch.run_folder import CONFIG_FILE, changed_settings, open_run_folder
 from megatron_matpo.launch.supervisor import Limits, Supervisor
 from megatron_matpo.obs.progress import format_duration
 from megatron_matpo.obs.status import read_status
@@ -62,7 +65,11 @@ class EvalRequest:
         belongs to its training run.
         """
         # JSON is YAML; a path may hold what YAML would read as something else.
-        options = [f"model.path={json.dumps(self.model)}", "data.train=", "rollout.replay="]
+        options = [
+            f"model.path={json.dumps(str(Path(self.model)))}",
+            "data.train=",
+            "rollout.replay=",
+        ]
         if self.data:
             options.append(f"eval.sets={json.dumps(self.data)}")
         if self.samples is not None:
@@ -89,20 +96,19 @@ def evaluate(request: EvalRequest) -> int:
     """
     config = check_recipe(request.recipe, request.all_overrides(), "eval")
     console = Console(sys.stdout)
+    for warning in collect_warnings(config, command="eval"):
+        console.line(f"warning: {warning}")
     path = Path(config.run_dir).resolve()
-    before = read_inputs(path) if has_results(path) else None
-    inputs = merge_inputs(
-        before, _inputs(config), config.run.name, accept_changes=request.accept_changes
-    )
+    inputs = _checked_inputs(config, path, accept_changes=request.accept_changes)
     folder, is_resumed = open_run_folder(config, "eval", accept_changes=request.accept_changes)
-    if is_resumed and request.accept_changes:
-        inputs = Inputs(inputs.model, inputs.sets, has_mixed_settings=True)
     write_inputs(folder.path, inputs)
     sets = open_sets(config, folder.path)
     if not any(item.missing() for item in sets):
         write_report(config, folder.path, sets)
         console.line(_report(folder.path) + f"nothing is missing in {config.run_dir}")
         return 0
+    for name in (TEXT_FILE, JSON_FILE):  # of an earlier start that asked for less
+        (folder.path / FOLDER / name).unlink(missing_ok=True)
     ports = free_ports(config.cluster.host, num_ports(config), config.cluster.base_port)
     plan = make_plan(config, ports, has_trainer=False)
     folder.write_plan(plan)
@@ -131,12 +137,31 @@ def _report(run_dir: Path) -> str:
     return f"\n{(run_dir / FOLDER / TEXT_FILE).read_text(encoding='utf-8')}\n"
 
 
-def _inputs(config: Config) -> Inputs:
+def _checked_inputs(config: Config, run_dir: Path, *, accept_changes: bool) -> Inputs:
+    """What is evaluated, after a comparison with what the folder holds results of.
+
+    Raises:
+        ConfigError: the model or a set has changed. Settings are checked by `open_run_folder`.
+    """
     sets = {
         name: set_fingerprint(read_questions(entry, config.data.folder))
         for name, entry in config.eval.named_sets.items()
     }
-    return Inputs(model_fingerprint(Path(config.model.path)), sets)
+    now = Inputs(model_fingerprint(Path(config.model.path)), sets)
+    if not has_results(run_dir):
+        return now
+    name = config.run.name
+    inputs = merge_inputs(read_inputs(run_dir), now, name, accept_changes=accept_changes)
+    is_mixed = inputs.has_mixed_settings or _differs(config, run_dir)
+    return replace(inputs, has_mixed_settings=is_mixed)
+
+
+def _differs(config: Config, run_dir: Path) -> bool:
+    """The earlier results were made with other settings (or it cannot be told)."""
+    try:
+        return bool(changed_settings(load_resolved(str(run_dir / CONFIG_FILE)), config, "eval"))
+    except ConfigError:
+        return True
 
 
 class EvalView:

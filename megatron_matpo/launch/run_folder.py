@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from megatron_matpo import __version__
 from megatron_matpo.config.load import diff_configs, dump_config, load_resolved
@@ -173,12 +174,7 @@ def _check_same_run(path: Path, config: Config, command: str, accept_changes: bo
             f"(another version wrote it?); choose another run.name, or resume with "
             f"--accept-changes:\n{error}"
         ) from error
-    changeable = CHANGEABLE_EVAL if command == "eval" else CHANGEABLE
-    changed = {
-        key: values
-        for key, values in diff_configs(old, config).items()
-        if not any(fnmatchcase(key, pattern) for pattern in changeable)
-    }
+    changed = changed_settings(old, config, command)
     if changed and not accept_changes:
         lines = [f"  {key}: {was!r} -> {now!r}" for key, (was, now) in changed.items()]
         raise ConfigError(
@@ -186,6 +182,16 @@ def _check_same_run(path: Path, config: Config, command: str, accept_changes: bo
             "run.name, or resume it with --accept-changes:\n" + "\n".join(lines)
         )
     return True
+
+
+def changed_settings(old: Config, new: Config, command: str) -> dict[str, tuple[Any, Any]]:
+    """Dotted path -> (old, new) of settings that change what `command` computes."""
+    changeable = CHANGEABLE_EVAL if command == "eval" else CHANGEABLE
+    return {
+        key: values
+        for key, values in diff_configs(old, new).items()
+        if not any(fnmatchcase(key, pattern) for pattern in changeable)
+    }
 
 
 def previous_command(path: Path) -> str:

@@ -1,5 +1,6 @@
-"""Proves that both examples with tools of their own train as their recipes stand: real engine, real
-tool servers, prompts rendered from the recipe.
+"""Proves that both examples with tools of their own train as their recipes stand.
+
+Real engine, real tool servers, prompts rendered from the recipe.
 
 That the policy learns within the recipe's 20 steps is measured in examples/workers/README.md.
 """

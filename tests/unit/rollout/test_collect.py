@@ -232,5 +232,7 @@ def test_training_steps_are_recorded_and_evaluations_are_not(tmp_path: Path) -> 
 def test_settings_that_name_nothing_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rollout\.planner=boss"):
         collect(config=make_config(planner="boss"))
-    with pytest.raises(ConfigError, match="split=test: no such questions; the manager has train, eval"):
+    with pytest.raises(
+        ConfigError, match="split=test: no such questions; the manager has train, eval"
+    ):
         collect(split="test")

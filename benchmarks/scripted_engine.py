@@ -83,7 +83,7 @@ class ScriptedEngine:
         body = orjson.loads(raw)
         episode, worker, number = self.find_turn(body["input_ids"])
         turn = self.agent(episode, worker).turns[number]
-        answer = self._answer(episode, worker, number, turn)
+        answer = self.answer(episode, worker, number)
         await asyncio.sleep(started + turn.latency_s - loop.time())
         return web.Response(body=answer, content_type="application/json")
 
@@ -100,7 +100,9 @@ class ScriptedEngine:
         planner = self._planner(episode)
         return planner if worker is None else schedule.workers_of(planner)[worker]
 
-    def _answer(self, episode: int, worker: int | None, number: int, turn: schedule.Turn) -> bytes:
+    def answer(self, episode: int, worker: int | None, number: int) -> bytes:
+        """The body of SGLang's answer to this turn."""
+        turn = self.agent(episode, worker).turns[number]
         rng = random.Random(f"{self._shape.seed}/{episode}/{worker}/{number}")
         start = rng.randrange(len(self._prose) - turn.num_tokens)
         said = "\n".join(_written(call, episode) for call in turn.calls)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_matpo.agents.tools import ToolBox, ToolReply, ToolSpec
+from megatron_matpo.agents.tools import ToolBox, ToolReply, ToolSpec, cut_mark
 from megatron_matpo.cache import ReplyCache
 from megatron_matpo.config.tools import ToolsConfig
 from megatron_matpo.mcp_tools.policy import PolicedToolBox
@@ -27,7 +27,7 @@ def cut_text(text: str, max_chars: int) -> str:
     """`text`, or its first `max_chars` characters and a line that says so."""
     if len(text) <= max_chars:
         return text
-    return f"{text[:max_chars]}\n[... cut: {max_chars} of {len(text)} characters shown]"
+    return text[:max_chars] + cut_mark(max_chars, len(text))
 
 
 class CachedToolBox:

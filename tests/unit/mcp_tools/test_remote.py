@@ -1,7 +1,7 @@
 """Streamable HTTP against real servers in processes of their own: the SDK's, and a broken one.
 
 Proven: calls, headers and their secrecy, a server that is killed and comes back, a session that is
-forgotten, what counts as the tool's error. Faults are in `test_faults.py`. Not proven: TLS and
+forgotten, what counts as the tool's error. Faults are in `test_tool_faults.py`. Not proven: TLS and
 proxies.
 """
 

@@ -4,7 +4,7 @@ Every loss is a sum over tokens of value x weight divided by a denominator that 
 over the WHOLE update on all data-parallel ranks (`data.schedule.weigh`, `total_weight`).
 Micro-batch losses (and gradients) therefore add up to the update's, however the tokens were packed.
 
-Letters: b trajectories of the micro-batch, s padded tokens.
+Letters: t tokens of the micro-batch.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class ImportanceWeights:
     """Trainer / engine probability ratios as they weigh the policy loss; without gradient."""
 
     ratio: Tensor
-    """[b, s] float32, before the cap."""
+    """[t] float32, before the cap."""
     weights: Tensor
-    """[b, s] float32, capped or masked."""
+    """[t] float32, capped or masked."""
     held_back: Tensor
-    """[b, s] bool, tokens whose ratio the cap or the mask changed."""
+    """[t] bool, tokens whose ratio the cap or the mask changed."""
 
 
 def policy_loss(
@@ -55,16 +55,16 @@ def policy_loss(
     importance sampling; see `importance_weights`).
 
     Args:
-        logprobs: [b, s] float32, current policy, with gradient.
-        old_logprobs: [b, s] float32, behaviour policy of the ratio.
-        advantages: [b, s] float32.
-        weights: [b, s] float32, 0 on tokens that are not trained.
+        logprobs: [t] float32, current policy, with gradient.
+        old_logprobs: [t] float32, behaviour policy of the ratio.
+        advantages: [t] float32.
+        weights: [t] float32, 0 on tokens that are not trained.
         denominator: sum of the weights of the whole update, all ranks.
         options: clipping bounds.
         importance: weights of the engine-trainer correction, if any.
 
     Returns:
-        The loss (scalar, with gradient); the ratio [b, s] and where the clip holds it back [b, s]
+        The loss (scalar, with gradient); the ratio [t] and where the clip holds it back [t]
         bool, both without gradient.
     """
     ratio = torch.exp(logprobs - old_logprobs)
@@ -99,8 +99,8 @@ def importance_weights(
     2025; differs: one bound instead of two). Masked tokens stay in the denominators.
 
     Args:
-        old_logprobs: [b, s] float32, the trainer's.
-        rollout_logprobs: [b, s] float32, the engine's.
+        old_logprobs: [t] float32, the trainer's.
+        rollout_logprobs: [t] float32, the engine's.
         mode: `truncate` or `mask`.
         cap: at least 1.
     """
@@ -113,7 +113,7 @@ def importance_weights(
 
 
 def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate [b, s] of KL(policy || reference) from sampled tokens, with gradient.
+    """Per-token estimate [t] of KL(policy || reference) from sampled tokens, with gradient.
 
     With d = logprobs - reference_logprobs (J. Schulman, "Approximating KL divergence", 2020):
 
@@ -127,8 +127,8 @@ def kl_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> 
     hold approximately. Source of the gradients: arXiv:2506.09477 (Y. Tang, R. Munos).
 
     Args:
-        logprobs: [b, s] float32, current policy, with gradient.
-        reference_logprobs: [b, s] float32, without gradient.
+        logprobs: [t] float32, current policy, with gradient.
+        reference_logprobs: [t] float32, without gradient.
         estimator: `k1`, `k2` or `k3`.
     """
     difference = logprobs - reference_logprobs

@@ -4,7 +4,7 @@ Every mean is a sum divided by a number of tokens that the caller counted over t
 updates and data-parallel ranks; so what micro-batches, updates and ranks return adds up to the
 step's mean. Maxima (`/max`) are to be reduced by maximum.
 
-Letters: b trajectories of the micro-batch, s padded tokens.
+Letters: t tokens of the micro-batch.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ class TokenMeans:
     """Shares of token means that one micro-batch contributes."""
 
     mask: Tensor
-    """[b, s] float32, 1 on trained tokens."""
+    """[t] float32, 1 on trained tokens."""
     is_worker: Tensor
-    """[b, 1] float32."""
+    """[t] float32."""
     counts: TokenCounts
 
     def total(self, values: Tensor) -> Tensor:
-        """Of all trained tokens; `values` [b, s], result a scalar without gradient."""
+        """Of all trained tokens; `values` [t], result a scalar without gradient."""
         with torch.no_grad():
             return (values * self.mask).sum() / self.counts.total
 

@@ -50,7 +50,7 @@ class TrainConfig:
     """How the trainer runs a batch."""
 
     micro_batch_tokens: int = 8192
-    """Upper bound of padded tokens in one micro-batch (one trajectory always fits alone)."""
+    """Most tokens that are packed into one micro-batch; a longer trajectory is alone in one."""
     timeout_s: float = 600.0
     """Deadline of every collective and of the process group's formation."""
     logprob_chunk_tokens: int = 2048

@@ -1,14 +1,16 @@
 """Which sample goes into which update, rank and micro-batch, and what it weighs. No torch.
 
-Strategy: split by planner episode into updates, pack first, distribute second. Invariants (asserted
-by the tests):
+Strategy: split by planner episode into updates, pack first, distribute second. A micro-batch is one
+packed row: the samples' tokens one after another. Invariants (asserted by the tests):
 
 * every sample appears exactly once;
 * all samples of an episode are in the same update, and updates differ by at most one episode;
-* every data-parallel rank gets the same number of micro-batches per update;
-* a micro-batch's padded size (samples x longest) is at most the token budget, unless it holds a
-  single sample;
-* the result depends only on the arguments (same on every rank, no communication).
+* every data-parallel rank gets the same number of micro-batches per update, at least one;
+* a micro-batch's tokens are at most the token budget, unless it holds a single sample;
+* there are as few micro-batches as best-fit-decreasing packing finds, rounded up to a multiple of
+  the number of ranks;
+* ranks differ in estimated cost (`_cost`) by at most the dearest micro-batch;
+* the result depends only on the set of samples (same on every rank, no communication).
 
 `compat: reference` splits by trajectories instead (`split_by_trajectories`): then the second
 invariant does not hold.
@@ -17,15 +19,22 @@ invariant does not hold.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from heapq import heapify, heappop, heappush, heapreplace
 from itertools import pairwise
 
 from megatron_matpo.types import Role, TrainSample
 
 Bin = list[TrainSample]
 """Samples of one micro-batch; empty bins only pad the number of micro-batches."""
+
+_EVEN_TOKENS = 32768
+"""Length at which causal attention takes as long as the linear layers. By operations it is (weights
+of a layer) / (heads x head size): 25k for Qwen3-4B, 47k for 8B, 65k for 14B; attention kernels come
+less close to a GPU's peak than matrix products. Only the balance depends on it."""
 
 
 def split_updates(samples: Sequence[TrainSample], num_updates: int) -> list[list[TrainSample]]:
@@ -110,45 +119,117 @@ def total_weight(samples: Sequence[TrainSample]) -> float:
     return total if total > 0 else 1.0
 
 
-def pack(samples: Sequence[TrainSample], budget_tokens: int) -> list[Bin]:
-    """Rectangular micro-batches: neighbours in length order, padded to the longest."""
-    bins: list[Bin] = []
-    longest = 0
-    for sample in sorted(samples, key=lambda item: (-len(item.input_ids), item.trajectory_id)):
-        if bins and (len(bins[-1]) + 1) * longest <= budget_tokens:
-            bins[-1].append(sample)
+def schedule(
+    samples: Sequence[TrainSample], budget_tokens: int, num_ranks: int, multiple: int = 1
+) -> list[list[Bin]]:
+    """Micro-batches of one update: entry r is the list of data-parallel rank r.
+
+    Args:
+        samples: of the whole update.
+        budget_tokens: upper bound of a micro-batch's tokens; a longer sample is alone in one.
+        num_ranks: data-parallel ranks.
+        multiple: what a sample's length is rounded up to before it counts (context parallelism).
+    """
+    ordered = sorted(samples, key=lambda item: (-len(item.input_ids), item.trajectory_id))
+    sizes = [-(-len(sample.input_ids) // multiple) * multiple for sample in ordered]
+    packed = _pack(sizes, budget_tokens)
+    per_rank = max(1, -(-len(packed) // num_ranks))
+    plan = _spread(sizes, budget_tokens, num_ranks, per_rank)
+    if not plan:
+        bins = _split(packed, sizes, per_rank * num_ranks)
+        plan = _distribute(bins, [sum(_cost(sizes[i]) for i in item) for item in bins], num_ranks)
+    return [[[ordered[i] for i in item] for item in of_rank] for of_rank in plan]
+
+
+def num_tokens(samples: Sequence[TrainSample]) -> int:
+    """Tokens of `samples`: the length of a packed row."""
+    return sum(len(sample.input_ids) for sample in samples)
+
+
+def packed_room(plan: Sequence[Sequence[Bin]], budget_tokens: int) -> int:
+    """Tokens that the micro-batches of a `schedule` have room for, empty ones included.
+
+    One that holds a sample longer than the budget counts with that sample's length.
+    """
+    return sum(max(budget_tokens, num_tokens(item)) for bins in plan for item in bins)
+
+
+def _cost(tokens: int) -> float:
+    """Estimated time of a sample, in tokens of a short one: linear layers, then attention."""
+    return tokens * (1.0 + tokens / _EVEN_TOKENS)
+
+
+def _pack(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Best fit: each of the decreasing `sizes` into the fullest bin that has room; bins of indices.
+
+    At most 11/9 of the fewest possible bins, plus a constant (D. Johnson, "Near-optimal bin packing
+    algorithms", 1973); with many small items close to the fewest.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), sorted
+    for index, size in enumerate(sizes):
+        place = bisect_left(room, (size, -1))
+        if place < len(room):
+            free, chosen = room.pop(place)
         else:
-            bins.append([sample])
-            longest = len(sample.input_ids)
+            free, chosen = budget, len(bins)
+            bins.append([])
+        bins[chosen].append(index)
+        if free > size:
+            insort(room, (free - size, chosen))
     return bins
 
 
-def padded_tokens(batch: Bin) -> int:
-    """Size of a micro-batch after right padding."""
-    return len(batch) * max((len(sample.input_ids) for sample in batch), default=0)
+def _spread(
+    sizes: Sequence[int], budget: int, num_ranks: int, per_rank: int
+) -> list[list[list[int]]]:
+    """Each of the decreasing `sizes` to the cheapest rank, there into the emptiest bin.
+
+    The even way, for when there is room. [] if a size does not fit so.
+    """
+    bins: list[list[list[int]]] = [[[] for _ in range(per_rank)] for _ in range(num_ranks)]
+    emptiest = [[(-budget, i) for i in range(per_rank)] for _ in range(num_ranks)]
+    heap = [(0.0, rank) for rank in range(num_ranks)]
+    for index, size in enumerate(sizes):
+        cost, rank = heap[0]
+        minus_free, chosen = emptiest[rank][0]
+        # Only an empty bin takes a sample that is longer than the budget.
+        if -minus_free < min(size, budget):
+            return []
+        bins[rank][chosen].append(index)
+        heapreplace(emptiest[rank], (minus_free + size, chosen))
+        heapreplace(heap, (cost + _cost(size), rank))
+    return bins
 
 
-def schedule(samples: Sequence[TrainSample], budget_tokens: int, num_ranks: int) -> list[list[Bin]]:
-    """Micro-batches of one update: entry r is the list of data-parallel rank r."""
-    bins = pack(samples, budget_tokens)
-    while len(bins) % num_ranks:
-        largest = max(bins, key=padded_tokens)
-        if len(largest) < 2:
-            bins.append([])
-            continue
-        bins.remove(largest)
-        middle = len(largest) // 2
-        bins += [largest[:middle], largest[middle:]]
-    bins.sort(key=padded_tokens, reverse=True)
+def _split(bins: Sequence[list[int]], sizes: Sequence[int], num_bins: int) -> list[list[int]]:
+    """Halve the bins with most tokens until there are `num_bins`; the rest stays empty."""
+    heap = [(-sum(sizes[i] for i in item), item) for item in bins if len(item) > 1]
+    done = [item for item in bins if len(item) <= 1]
+    heapify(heap)
+    while heap and len(heap) + len(done) < num_bins:
+        _, item = heappop(heap)
+        for half in (item[::2], item[1::2]):
+            if len(half) > 1:
+                heappush(heap, (-sum(sizes[i] for i in half), half))
+            else:
+                done.append(half)
+    result = done + [item for _, item in heap]
+    return result + [[] for _ in range(num_bins - len(result))]
+
+
+def _distribute(
+    bins: Sequence[list[int]], costs: Sequence[float], num_ranks: int
+) -> list[list[list[int]]]:
+    """The dearest bin first, each to the cheapest rank that lacks one; equally many for each."""
     per_rank = len(bins) // num_ranks
-    loads = [0] * num_ranks
-    result: list[list[Bin]] = [[] for _ in range(num_ranks)]
-    for item in bins:
-        rank = min(
-            (r for r in range(num_ranks) if len(result[r]) < per_rank), key=lambda r: (loads[r], r)
-        )
-        result[rank].append(item)
-        loads[rank] += padded_tokens(item)
+    loads = [0.0] * num_ranks
+    result: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    for index in sorted(range(len(bins)), key=lambda i: (-costs[i], bins[i])):
+        open_ranks = (r for r in range(num_ranks) if len(result[r]) < per_rank)
+        rank = min(open_ranks, key=lambda r: (loads[r], r))
+        result[rank].append(bins[index])
+        loads[rank] += costs[index]
     return result
 
 

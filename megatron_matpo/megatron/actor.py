@@ -32,12 +32,12 @@ class UpdateResult:
     """What one optimizer update did; equal on all ranks."""
 
     loss: float
-    """Sum of `loss_fn` over all micro-batches and data-parallel ranks."""
+    """Sum of `loss_fn` over all micro-batches and ranks."""
     grad_norm: float
     """Before clipping."""
     lr: float
     metrics: dict[str, float] = field(default_factory=dict)
-    """Sums (`/max`: maxima) over all micro-batches and data-parallel ranks; without `loss`."""
+    """Sums (`/max`: maxima) over all tokens of all ranks; without `loss`."""
 
 
 class MegatronActor:
@@ -89,7 +89,7 @@ class MegatronActor:
             return self.score(micro_batches)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-        """Log-probs and entropies, [b, s] float32 on the CPU, 0 where the loss mask is 0."""
+        """Log-probs and entropies, [t] float32 on the CPU, 0 where the loss mask is 0."""
         for model in self._models:
             model.eval()
         return forward_logprobs(
@@ -135,7 +135,7 @@ class MegatronActor:
         return UpdateResult(loss, grad_norm, lr, metrics)
 
     def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Combine the metrics of all micro-batches of all replicas; equal on every rank."""
+        """Combine the metrics of all tokens of all replicas; equal on every rank."""
         reduced: list[Any] = [None]
         if self._state.is_last_stage:
             names = sorted(results[0])
@@ -144,7 +144,7 @@ class MegatronActor:
             )
             is_max = torch.tensor([name.endswith("/max") for name in names], device=values.device)
             sums, maxima = values.sum(dim=1), values.amax(dim=1)
-            if self._state.dp_size > 1:
+            if self._state.dp_size * self._state.cp_size > 1:
                 dist.all_reduce(sums, group=data_group())
                 dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=data_group())
             combined = torch.where(is_max, maxima, sums).tolist()

@@ -10,12 +10,11 @@ Invariants:
 * the vocabulary is padded to a multiple of the tensor-parallel size; the padded rows exist only in
   memory and never get probability (`logprobs.py`).
 
-Letters in shapes: b sequences, s tokens, h hidden size, n selected tokens, V padded vocabulary.
+Letters in shapes: t tokens of a packed row, h hidden size, n selected tokens, V padded vocabulary.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -28,47 +27,13 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.attention import PackedAttention
 from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
-
-
-class CausalAttention(nn.Module):
-    """Core attention of the local layer spec: torch's own kernel, causal at any length.
-
-    Megatron's `DotProductAttention` wants a mask tensor per shape and makes [b, heads, s, s]
-    several times; the CPU kernel behind `scaled_dot_product_attention` does neither.
-    """
-
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any):
-        """Take what Megatron's `Attention` passes to its core; most of it is unused."""
-        super().__init__()
-        self._scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: Any = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Tensor:
-        """[s, b, heads/tp, d] and [s, b, kv_heads/tp, d] twice -> [s, b, heads/tp * d]."""
-        assert attention_bias is None and packed_seq_params is None, "rectangular batches only"
-        output = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            scale=self._scale,
-            enable_gqa=query.shape[2] != key.shape[2],
-        )
-        return output.permute(2, 0, 1, 3).flatten(2)
 
 
 class PolicyModel(GPTModel):
@@ -79,7 +44,7 @@ class PolicyModel(GPTModel):
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[s, b, h]; after the final norm on the last stage."""
+        """[t, 1, h]; after the final norm on the last stage."""
         return hidden_states
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -141,6 +106,8 @@ def transformer_config(
         # The fused kernels need Apex or a compiler; on a CPU they only cost start-up time.
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
+        # Without it every layer waits for the samples' offsets to come to the host, twice.
+        apply_rope_fusion=not on_cpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         cuda_graph_impl="none",
@@ -155,7 +122,7 @@ def _layer_spec(state: ParallelState) -> ModuleSpec:
     """
     if state.device.type == "cpu":
         spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-        spec.submodules.self_attention.submodules.core_attention = CausalAttention
+        spec.submodules.self_attention.submodules.core_attention = PackedAttention
         return spec
     try:
         import transformer_engine.pytorch  # noqa: F401  (only whether it is there)

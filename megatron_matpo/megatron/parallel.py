@@ -50,6 +50,16 @@ class ParallelState:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def sample_multiple(self) -> int:
+        """Context parallelism cuts every sample into this many equal chunks."""
+        return 2 * self.cp_size if self.cp_size > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a packed row is a multiple of; sequence parallelism cuts it by tp."""
+        return self.sample_multiple * self.tp_size
+
+    @property
     def is_logging_rank(self) -> bool:
         """Global rank 0: logs, writes files, talks to the engines."""
         return self.rank == 0
@@ -194,8 +204,15 @@ def pipeline_group() -> dist.ProcessGroup:
     return _group(mpu.get_pipeline_model_parallel_group())
 
 
+def context_group() -> dist.ProcessGroup:
+    """Ranks that hold the same parameters for different tokens of the same micro-batches."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_context_parallel_group())
+
+
 def data_group() -> dist.ProcessGroup:
-    """Ranks that hold the same parameters for different micro-batches."""
+    """Ranks that hold the same parameters for different micro-batches, or other tokens of them."""
     from megatron.core import parallel_state as mpu
 
     return _group(mpu.get_data_parallel_group(with_context_parallel=True))

@@ -2,11 +2,12 @@
 
 Invariants:
 
-* gradients are the plain sum over micro-batches and data-parallel ranks of the gradients of what
-  `loss_fn` returns; whoever calls has divided by the denominator of the whole update;
-* results are the same on every rank of a data-parallel replica.
+* gradients are the plain sum over micro-batches, data- and context-parallel ranks of the gradients
+  of what `loss_fn` returns; whoever calls has divided by the denominator of the whole update;
+* results of scoring are the same on every rank of a data-parallel replica;
+* under context parallelism `loss_fn` sees the tokens of one rank, and its sums are over those too.
 
-Letters in shapes: b sequences, s tokens, n tokens whose loss mask is not 0.
+Letters in shapes: t tokens of a packed row that this rank computes, h hidden size.
 """
 
 from __future__ import annotations
@@ -21,17 +22,23 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_matpo.config import Config
-from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.attention import packed_params
+from megatron_matpo.megatron.batch import MicroBatch, PlacedBatch, empty_micro_batch, place
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
 from megatron_matpo.megatron.model import PolicyModel, unwrap
-from megatron_matpo.megatron.parallel import ParallelState, pipeline_group, tensor_group
+from megatron_matpo.megatron.parallel import (
+    ParallelState,
+    context_group,
+    pipeline_group,
+    tensor_group,
+)
 
 LossFn = Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
-"""(logprobs [b, s] float32, entropy [b, s] float32, micro-batch) -> (loss [], metrics of scalars).
+"""(logprobs [t] float32, entropy [t] float32, micro-batch) -> (loss [], metrics of scalars).
 
-The loss is this micro-batch's share of the update's loss: a sum divided by the denominator of the
-whole update, over all micro-batches and data-parallel ranks. Metrics are shares of the same kind
-and are summed; a metric whose name ends in `/max` is reduced by maximum.
+The loss is the share that these tokens have in the update's loss: a sum divided by the denominator
+of the whole update, over all micro-batches and ranks. Metrics are shares of the same kind and are
+summed; a metric whose name ends in `/max` is reduced by maximum.
 """
 
 
@@ -49,35 +56,32 @@ def micro_batch_logprobs(
 
     Args:
         model: the unwrapped chunk that holds the output layer.
-        hidden: [s, b, h] final hidden states.
-        batch: the micro-batch that they belong to.
+        hidden: [t, 1, h] final hidden states.
+        batch: the tokens that they belong to.
         config: gives `rollout.temperature` and `train.logprob_chunk_tokens`.
         vocab_size: real vocabulary.
 
     Returns:
-        Two float32 tensors [b, s]; gradients flow through the first.
+        Two float32 tensors [t]; gradients flow through the first.
     """
-    trained = batch.loss_mask.reshape(-1) != 0
+    trained = batch.loss_mask != 0
     rows = trained.nonzero().squeeze(1)
     if rows.numel() == 0:
         # Some row must go through the output layer, or the backward pass has nothing to start from.
         rows = rows.new_zeros(1)
-    b, s = batch.labels.shape
-    # Row b*s in the order of the micro-batch is row (s, b) of the hidden states.
-    chosen = hidden.reshape(s * b, -1).index_select(0, (rows % s) * b + rows // s)
     logprobs, entropy = vocab_parallel_logprobs(
-        model.logits(chosen),
-        batch.labels.reshape(-1)[rows],
+        model.logits(hidden.squeeze(1).index_select(0, rows)),
+        batch.labels[rows],
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
         tp_group=tensor_group(),
         chunk_tokens=config.train.logprob_chunk_tokens,
     )
     keep = trained[rows].to(logprobs.dtype)
-    empty = logprobs.new_zeros(b * s)
+    empty = logprobs.new_zeros(trained.shape)
     return (
-        empty.index_copy(0, rows, logprobs * keep).view(b, s),
-        empty.index_copy(0, rows, entropy * keep).view(b, s),
+        empty.index_copy(0, rows, logprobs * keep),
+        empty.index_copy(0, rows, entropy * keep),
     )
 
 
@@ -94,31 +98,47 @@ class _Pass:
     ) -> None:
         assert micro_batches, "a pass needs at least one micro-batch; use empty_micro_batch()"
         self._models = list(models)
-        self._batches = [batch.to(state.device) for batch in micro_batches]
+        # The interleaved schedule takes the micro-batches in groups of one for each stage.
+        group = state.pp_size if len(self._models) > 1 else 1
+        batches = [*micro_batches, *[empty_micro_batch()] * (-len(micro_batches) % group)]
+        self._batches = [place(batch.to(state.device), state) for batch in batches]
         self._state, self._config, self._vocab_size = state, config, vocab_size
 
+    @property
+    def sources(self) -> list[Tensor]:
+        """Per micro-batch, where this rank's tokens come from; see `PlacedBatch`."""
+        return [placed.source for placed in self._batches]
+
     def run(self, loss_fn: LossFn | None) -> list[Any]:
-        """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`."""
-        first = self._batches[0]
+        """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`.
+
+        Then those of empty micro-batches, if the schedule needed some.
+        """
         for model in self._models:
             unwrap(model).config.finalize_model_grads_func = _sum_grads
+        # The interleaved schedule goes through the micro-batches once for each chunk of the model.
+        iterators = [iter(self._batches) for _ in self._models]
         return get_forward_backward_func()(
             forward_step_func=self._forward_step(loss_fn),
-            data_iterator=iter(self._batches),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._models,
             num_microbatches=len(self._batches),
             # Read only where all micro-batches have one shape; see variable_seq_lengths.
-            seq_length=first.input_ids.shape[1],
-            micro_batch_size=first.input_ids.shape[0],
+            seq_length=sum(self._batches[0].segments),
+            micro_batch_size=1,
             forward_only=loss_fn is None,
             collect_non_loss_data=loss_fn is None,
         )
 
     def _forward_step(self, loss_fn: LossFn | None) -> Callable[..., Any]:
-        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
-            batch = next(batches)
-            hidden = model(batch.input_ids, batch.position_ids, None)
-            if not self._state.is_last_stage:
+        def forward_step(batches: Iterator[PlacedBatch], model: Any) -> tuple[Tensor, Any]:
+            placed = next(batches)
+            batch = placed.batch
+            # Positions inside a sample follow from where it begins, so none are given.
+            hidden = model(
+                batch.input_ids[None], None, None, packed_seq_params=packed_params(placed)
+            )
+            if not unwrap(model).post_process:
                 return hidden, None
             logprobs, entropy = micro_batch_logprobs(
                 unwrap(model), hidden, batch, self._config, self._vocab_size
@@ -148,22 +168,26 @@ def forward_logprobs(
     """Score micro-batches without gradients. Every rank calls, each replica with its own batches.
 
     Returns:
-        Per micro-batch (logprobs [b, s], entropy [b, s]), float32 on the CPU, on every rank; 0
-        where the loss mask is 0.
+        Per micro-batch (logprobs [t], entropy [t]) of its whole row, float32 on the CPU, on every
+        rank; 0 where the loss mask is 0.
     """
+    scoring = _Pass(models, micro_batches, state, config, vocab_size)
     with torch.no_grad():
-        results = _Pass(models, micro_batches, state, config, vocab_size).run(None)
-    shapes = [batch.labels.shape for batch in micro_batches]
-    numel = sum(shape.numel() for shape in shapes)
+        results = scoring.run(None)
+    sizes = [batch.labels.numel() for batch in micro_batches]
+    # Row by row log-probs and entropies; a rank fills in the tokens that it has.
+    flat = torch.zeros(2, sum(sizes), dtype=torch.float32, device=state.device)
     if state.is_last_stage:
-        flat = torch.cat([t.reshape(-1) for pair in results for t in pair])
-    else:
-        flat = torch.empty(2 * numel, dtype=torch.float32, device=state.device)
+        rows = zip(flat.split(sizes, dim=1), scoring.sources, results, strict=False)
+        for row, source, pair in rows:
+            is_real = source >= 0
+            row[:, source[is_real]] = torch.stack(pair)[:, is_real]
+        if state.cp_size > 1:
+            dist.all_reduce(flat, group=context_group())
     if state.pp_size > 1:
         group = pipeline_group()
         dist.broadcast(flat, src=dist.get_global_rank(group, state.pp_size - 1), group=group)
-    parts = iter(flat.cpu().split([shape.numel() for shape in shapes for _ in range(2)]))
-    return [(next(parts).view(shape), next(parts).view(shape)) for shape in shapes]
+    return [(row[0], row[1]) for row in flat.cpu().split(sizes, dim=1)]
 
 
 def forward_backward(
@@ -177,12 +201,13 @@ def forward_backward(
 ) -> list[dict[str, Tensor]]:
     """Accumulate and reduce gradients. Every rank calls; replicas bring equally many micro-batches.
 
-    Afterwards the DDP buffers hold the sum over micro-batches and data-parallel ranks (each rank
-    its shard of it, as Megatron's distributed optimizer wants). Buffers must be zero before.
+    Afterwards the DDP buffers hold the sum over micro-batches, data- and context-parallel ranks
+    (each rank its shard of it, as Megatron's distributed optimizer wants). Buffers must be zero
+    before.
 
     Returns:
-        On the last stage, per micro-batch, the metrics of `loss_fn` and its value as `loss`; on
-        other stages an empty list.
+        On the last stage, per micro-batch, the metrics of `loss_fn` and its value as `loss`, of
+        this rank's tokens; on other stages an empty list.
     """
     results = _Pass(models, micro_batches, state, config, vocab_size).run(loss_fn)
     return [{"loss": loss.detach(), **metrics} for loss, metrics in results]

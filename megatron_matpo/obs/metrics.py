@@ -151,6 +151,12 @@ METRICS: tuple[MetricSpec, ...] = (
     _required("optim/updates", "count", "sum", "Optimizer updates in this step."),
     MetricSpec("optim/*", "", "last update", "Other numbers of the optimizer."),
     _required(
+        "train/packing_efficiency",
+        "[0, 1]",
+        "tokens / (micro-batches x `train.micro_batch_tokens`), all ranks and updates",
+        "How full the micro-batches are; a longer trajectory fills the one that it is alone in.",
+    ),
+    _required(
         "tokens/trained",
         "tokens",
         "sum over ranks, each token once",

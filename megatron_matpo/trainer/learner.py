@@ -24,7 +24,9 @@ from megatron_matpo.algo.token_metrics import (
 from megatron_matpo.config import Config
 from megatron_matpo.config.algo import AlgoConfig
 from megatron_matpo.data.schedule import (
+    num_tokens,
     num_trained_tokens,
+    packed_room,
     reference_rows,
     schedule,
     split_by_trajectories,
@@ -66,6 +68,20 @@ class Update:
     mismatch_counts: TokenCounts | None
     """Of all updates in which the trainer's log-probs of the sampling weights are known; None in an
     update in which they are not."""
+    num_tokens: int
+    """Of the samples of the update, all ranks."""
+    room_tokens: int
+    """What its micro-batches have room for, all ranks."""
+
+
+def packed(
+    samples: Sequence[TrainSample], config: Config, state: ParallelState
+) -> tuple[list[MicroBatch], int]:
+    """This data-parallel rank's micro-batches of an update, and all ranks' room in tokens."""
+    budget = config.train.micro_batch_tokens
+    plan = schedule(samples, budget, state.dp_size, state.sample_multiple)
+    batches = [to_micro_batch(item, state.device) for item in plan[state.dp_rank]]
+    return batches, packed_room(plan, budget)
 
 
 class PolicyLearner:
@@ -95,7 +111,9 @@ class PolicyLearner:
             )
         algo = self._config.algo
         splits, denominators = self._split(samples)
-        batches = [self._micro_batches(split) for split in splits]
+        batches, rooms = zip(
+            *(packed(split, self._config, self._state) for split in splits), strict=True
+        )
         is_on_policy = len(splits) == 1 and algo.old_logprobs == "trainer"
         if algo.old_logprobs == "trainer" and not is_on_policy:
             batches = [
@@ -118,6 +136,8 @@ class PolicyLearner:
                 is_on_policy=is_on_policy,
                 counts=TokenCounts.of(samples),
                 mismatch_counts=mismatch_counts if i < len(measured) else None,
+                num_tokens=num_tokens(splits[i]),
+                room_tokens=rooms[i],
             )
             for i in range(len(splits))
         ]
@@ -145,7 +165,9 @@ class PolicyLearner:
             )
             for i, update in enumerate(updates)
         ]
-        return LearnResult(with_sample_sizes(_combine(results)), len(results))
+        packing = sum(u.num_tokens for u in updates) / sum(u.room_tokens for u in updates)
+        metrics = with_sample_sizes(_combine(results))
+        return LearnResult({**metrics, "train/packing_efficiency": packing}, len(results))
 
     def _split(self, samples: Sequence[TrainSample]) -> tuple[list[list[TrainSample]], list[float]]:
         """Weighted samples of each update, and the denominators of their losses."""
@@ -160,10 +182,6 @@ class PolicyLearner:
             for split in split_updates(samples, algo.updates_per_step)
         ]
         return splits, [total_weight(split) for split in splits]
-
-    def _micro_batches(self, samples: Sequence[TrainSample]) -> list[MicroBatch]:
-        bins = schedule(samples, self._config.train.micro_batch_tokens, self._state.dp_size)
-        return [to_micro_batch(item, self._state.device) for item in bins[self._state.dp_rank]]
 
 
 def policy_loss_fn(algo: AlgoConfig, update: Update) -> LossFn:
@@ -235,8 +253,7 @@ class SupervisedLearner:
     def learn(self, samples: Sequence[TrainSample], first_update: int) -> LearnResult:
         """Train on `samples` once (the same list on every rank)."""
         denominator = float(max(1, num_trained_tokens(samples)))
-        bins = schedule(samples, self._config.train.micro_batch_tokens, self._state.dp_size)
-        batches = [to_micro_batch(item, self._state.device) for item in bins[self._state.dp_rank]]
+        batches, room = packed(samples, self._config, self._state)
 
         def loss_fn(
             logprobs: Tensor, entropy: Tensor, batch: MicroBatch
@@ -245,7 +262,9 @@ class SupervisedLearner:
             mean_entropy = (entropy * batch.loss_mask).sum() / denominator
             return loss, {"loss/sft": loss, "policy/entropy": mean_entropy}
 
-        return LearnResult(_combine([self._actor.update(batches, loss_fn, first_update)]), 1)
+        metrics = _combine([self._actor.update(batches, loss_fn, first_update)])
+        metrics["train/packing_efficiency"] = num_tokens(samples) / room
+        return LearnResult(metrics, 1)
 
 
 def _combine(results: Sequence[UpdateResult]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Gradients are plain sums; bad numbers stop an update; log-probs over a split vocabulary.
 
-Proved: how a batch is cut into micro-batches, and over how many replicas it is spread, does not
-matter; losses, gradient norms and metrics of whole learner steps, with every term of the loss and
+Proved: which samples share a micro-batch, and over how many replicas they are spread, does not
+matter: losses and gradients are those of transformers for each sample alone; losses, gradient norms and metrics of whole learner steps, with every term of the loss and
 every aggregation, are the same in every layout; nothing moves when a loss or gradient is not
 finite; sharded log-probs, entropies and gradients are those of the float64 formula, whatever the
 chunk size and the padding.
@@ -10,6 +10,7 @@ chunk size and the padding.
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,26 @@ from safetensors.torch import load_file
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.train import ModelConfig
-from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.types import Episode, RolloutBatch, Trajectory, Turn
 from tests.helpers.dist import RankPool
 from tests.helpers.episodes import make_batch as make_episodes
 from tests.helpers.learner_ranks import learned, with_algo
 from tests.helpers.megatron_ranks import (
     layout_error,
+    loss_and_grads,
     non_finite_updates,
-    only_grads,
     random_init,
     sharded_logprobs,
 )
-from tests.helpers.tiny import VOCAB_SIZE, make_batch, make_tiny_model, tiny_config
+from tests.helpers.tiny import (
+    VOCAB_SIZE,
+    make_batch,
+    make_tiny_model,
+    packed,
+    reference_grads,
+    tiny_config,
+    unpacked,
+)
 
 pytestmark = pytest.mark.dist
 
@@ -43,28 +51,41 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole_grads(ranks: RankPool, model_folder: Path) -> dict[str, torch.Tensor]:
-    return ranks.run(only_grads, 1, tiny_config(model_folder), [BATCH])[0]
+def from_transformers(model_folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
+    return reference_grads(model_folder, [BATCH])
 
 
-def cut(batch: MicroBatch, rows: int) -> list[MicroBatch]:
-    """Micro-batches of `rows` sequences each."""
-    names = [f.name for f in dataclasses.fields(batch) if torch.is_tensor(getattr(batch, f.name))]
-    pieces = [getattr(batch, name).split(rows) for name in names]
-    return [
-        MicroBatch(**dict(zip(names, piece, strict=True))) for piece in zip(*pieces, strict=True)
-    ]
+# Which samples share a micro-batch: one after another, and mixed up.
+PACKINGS = {
+    "one": [[0, 1, 2, 3, 4, 5, 6, 7]],
+    "pairs": [[0, 1], [2, 3], [4, 5], [6, 7]],
+    "three": [[7, 0, 3], [5], [6, 1, 4, 2]],
+    "alone": [[i] for i in range(8)],
+}
 
 
-@pytest.mark.parametrize("rows", [8, 4, 2, 3])
-@pytest.mark.parametrize("dp", [1, 2])
-def test_gradients_do_not_depend_on_the_cut(ranks: RankPool, model_folder, whole_grads, rows, dp):
-    """3 rows make three micro-batches, so that one replica is evened out with an empty one."""
-    config = tiny_config(model_folder, dp=dp)
-    actual = ranks.run(only_grads, dp, config, cut(BATCH, rows))[0]
-    for name, value in whole_grads.items():
-        tolerance = 1e-5 * float(value.abs().max())
-        torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance)
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    "layout", [{}, {"dp": 2}, {"tp": 2}, {"pp": 2}], ids=lambda sizes: str(sizes)
+)
+def test_neither_packing_nor_layout_matters(ranks, model_folder, from_transformers, packing, layout):
+    """Loss and gradients are those of transformers, each sample alone.
+
+    With three micro-batches one of two replicas is evened out with an empty one; with tensor
+    parallelism the row, and with context parallelism every sample, is padded.
+    """
+    samples = unpacked(BATCH)
+    batches = [packed([samples[i] for i in group]) for group in PACKINGS[packing]]
+    world_size = math.prod(layout.values())
+    config = tiny_config(model_folder, **layout)
+    answers = ranks.run(loss_and_grads, world_size, config, batches)
+    loss, grads = from_transformers
+    largest = max(float(value.abs().max()) for value in grads.values())
+    for actual, _ in answers:
+        assert actual == pytest.approx(loss, rel=1e-6)
+    assert answers[0][1].keys() == grads.keys()
+    for name, value in grads.items():
+        assert float((answers[0][1][name] - value).abs().max()) < 1e-5 * largest, name
 
 
 def for_tiny_model(batch: RolloutBatch) -> RolloutBatch:
@@ -119,7 +140,9 @@ def test_a_learner_step_does_not_depend_on_the_layout(
     for of_rank in ranks.run(learned, 2, learner_configs(model_folder, **layout), EPISODES):
         for steps, expected in zip(of_rank, learned_alone, strict=True):
             for actual, want in zip(steps, expected, strict=True):
-                assert actual == pytest.approx(want, rel=1e-5, abs=1e-6)
+                # How full the micro-batches are is the one thing that may depend on the layout.
+                packing = {"train/packing_efficiency": actual["train/packing_efficiency"]}
+                assert actual == pytest.approx({**want, **packing}, rel=1e-5, abs=1e-6)
 
 
 def test_the_compared_steps_use_every_term(learned_alone):

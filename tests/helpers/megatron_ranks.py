@@ -91,10 +91,11 @@ def grads(
     (model,) = actor._models
     model.zero_grad_buffer()
     forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
+    group = data_group()
     for buffer in model.buffers:
         # Each data-parallel rank has reduced its shard only.
-        shards = [shard.clone() for shard in buffer.grad_data.chunk(state.dp_size)]
-        dist.all_gather(shards, shards[state.dp_rank].clone(), group=data_group())
+        shards = [shard.clone() for shard in buffer.grad_data.chunk(group.size())]
+        dist.all_gather(shards, shards[group.rank()].clone(), group=group)
         buffer.grad_data.copy_(torch.cat(shards))
     kept = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
@@ -106,12 +107,14 @@ def grads(
     return exported
 
 
-def only_grads(
+def loss_and_grads(
     info: RankInfo, config: Config, batches: Sequence[MicroBatch]
-) -> dict[str, torch.Tensor]:
-    """`grads` in one layout."""
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of an update in one layout, and `grads`."""
     with layout(info, config) as state:
-        return grads(make_actor(config, state), config, share(batches, state), state)
+        actor, mine = make_actor(config, state), share(batches, state)
+        full = grads(actor, config, mine, state)
+        return actor.update(mine, weighted_loss, 0).loss, full
 
 
 def train_and_save(

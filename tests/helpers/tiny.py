@@ -59,25 +59,48 @@ def tiny_config(
 
 
 def make_batch(shape: tuple[int, int], seed: int) -> MicroBatch:
-    """Random tokens, right-padded; about half of the real tokens are trained."""
-    rows, width = shape
+    """Packed random samples: so many, of at most so many tokens; about half are trained."""
+    samples, longest = shape
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, VOCAB_SIZE, (rows, width + 1), generator=generator)
-    lengths = torch.randint(2, width + 1, (rows, 1), generator=generator)
-    real = torch.arange(width) < lengths
-    mask = (torch.rand(rows, width, generator=generator) < 0.5) & real
-    zeros = torch.zeros(rows, width)
+    lengths = torch.randint(2, longest + 1, (samples,), generator=generator).tolist()
+    t = sum(lengths)
+    ids, labels = torch.randint(0, VOCAB_SIZE, (2, t), generator=generator)
+    mask = (torch.rand(t, generator=generator) < 0.5).float()
+    zeros = torch.zeros(t)
     return MicroBatch(
-        input_ids=tokens[:, :-1] * real,
-        labels=tokens[:, 1:] * real,
-        position_ids=torch.arange(width).expand(rows, width),
-        loss_mask=mask.float(),
+        input_ids=ids,
+        labels=labels,
+        loss_mask=mask,
         old_logprobs=zeros,
         rollout_logprobs=zeros,
-        advantages=torch.randn(rows, width, generator=generator),
-        loss_weights=mask.float(),
-        is_worker=torch.zeros(rows, 1),
-        sample_ids=tuple(f"{seed}/{row}" for row in range(rows)),
+        advantages=torch.randn(t, generator=generator),
+        loss_weights=mask,
+        is_worker=zeros,
+        lengths=tuple(lengths),
+        sample_ids=tuple(f"{seed}/{i}" for i in range(samples)),
+    )
+
+
+def unpacked(batch: MicroBatch) -> list[MicroBatch]:
+    """The samples of a micro-batch, each alone."""
+    parts = {name: value.split(batch.lengths) for name, value in batch.tensors().items()}
+    return [
+        MicroBatch(
+            **{name: values[i] for name, values in parts.items()},
+            lengths=(length,),
+            sample_ids=batch.sample_ids[i : i + 1],
+        )
+        for i, length in enumerate(batch.lengths)
+    ]
+
+
+def packed(samples: Sequence[MicroBatch]) -> MicroBatch:
+    """The opposite: one micro-batch of all their samples."""
+    rows = [sample.tensors() for sample in samples]
+    return MicroBatch(
+        **{name: torch.cat([row[name] for row in rows]) for name in rows[0]},
+        lengths=tuple(length for sample in samples for length in sample.lengths),
+        sample_ids=tuple(name for sample in samples for name in sample.sample_ids),
     )
 
 
@@ -89,33 +112,36 @@ def weighted_loss(
     metrics = {
         "tokens": batch.loss_mask.sum(),
         "entropy": (entropy * batch.loss_mask).sum(),
-        "widest/max": torch.tensor(float(batch.labels.shape[1])),
+        "largest/max": (batch.labels * batch.loss_mask).max(),
     }
     return loss, metrics
 
 
 def reference_logprobs(folder: Path, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-    """What transformers says: (logprobs, entropies) [b, s], 0 where the loss mask is 0."""
+    """What transformers says, unpacked: (logprobs, entropies) [t], 0 where the loss mask is 0."""
     model = _reference(folder)
     results = []
     with torch.no_grad():
         for batch in batches:
-            logits = model(input_ids=batch.input_ids).logits.double()
-            table = logits.log_softmax(-1)
-            chosen = table.gather(-1, batch.labels[..., None]).squeeze(-1)
+            rows = [model(input_ids=one.input_ids[None]).logits[0] for one in unpacked(batch)]
+            table = torch.cat(rows).double().log_softmax(-1)
+            chosen = table.gather(-1, batch.labels[:, None]).squeeze(-1)
             entropy = -(table.exp() * table).sum(-1)
             results.append((chosen * batch.loss_mask, entropy * batch.loss_mask))
     return results
 
 
-def reference_grads(folder: Path, batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
-    """Gradients of the summed `weighted_loss` by Hugging Face name, from transformers."""
+def reference_grads(folder: Path, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
+    """Summed `weighted_loss` and its gradients by Hugging Face name: transformers, unpacked."""
     model = _reference(folder)
-    for batch in batches:
-        table = model(input_ids=batch.input_ids).logits.log_softmax(-1)
-        chosen = table.gather(-1, batch.labels[..., None]).squeeze(-1)
-        weighted_loss(chosen, torch.zeros_like(chosen), batch)[0].backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    total = 0.0
+    for one in (sample for batch in batches for sample in unpacked(batch)):
+        table = model(input_ids=one.input_ids[None]).logits[0].log_softmax(-1)
+        chosen = table.gather(-1, one.labels[:, None]).squeeze(-1)
+        loss, _ = weighted_loss(chosen, torch.zeros_like(chosen), one)
+        loss.backward()
+        total += float(loss)
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def _reference(folder: Path) -> Any:

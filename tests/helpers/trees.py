@@ -165,14 +165,10 @@ class TabularActor:
         return UpdateResult(total, 0.0, 0.0, reduced)
 
     def _rows(self, table: Mapping[str, Tensor], batch: MicroBatch) -> Tensor:
-        """[b, s] float64, 0 where the loss mask is 0, as the real actor returns them."""
-        width = batch.labels.shape[1]
-        rows = [
-            torch.nn.functional.pad(table[identity], (0, width - len(table[identity])))
-            for identity in batch.sample_ids
-        ]
-        stacked = torch.stack(rows) if rows else torch.zeros(batch.labels.shape).double()
-        return stacked * batch.loss_mask
+        """[t] float64, 0 where the loss mask is 0, as the real actor returns them."""
+        rows = [table[identity] for identity in batch.sample_ids]
+        assert tuple(map(len, rows)) == batch.lengths or not rows
+        return (torch.cat(rows) if rows else torch.zeros(1).double()) * batch.loss_mask
 
 
 def learn(

@@ -151,7 +151,7 @@ def test_whose_gradient_a_kl_estimator_has():
 
 
 def means_of(mask, workers):
-    is_worker = torch.tensor([[float(w)] for w in workers])
+    is_worker = torch.tensor([[float(w)] for w in workers]).expand(mask.shape)
     worker_tokens = int((mask * is_worker).sum())
     counts = TokenCounts(int(mask.sum()) - worker_tokens, worker_tokens)
     return TokenMeans(mask, is_worker, counts)

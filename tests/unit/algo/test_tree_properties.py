@@ -282,6 +282,7 @@ def test_a_step_is_the_formula(batch, config, dp_size, seed):
             parts = slopes.get((identity, t), [0.0, 0.0])
             assert abs(actual - sum(parts)) <= 1e-6 * sum(map(abs, parts)), (identity, t)
     metrics = {k: v for k, v in result.metrics.items() if not k.startswith("optim/")}
+    assert 0 < metrics.pop("train/packing_efficiency") <= 1
     wanted = expected_metrics(updates, algo)
     assert metrics.keys() == wanted.keys()
     assert metrics == pytest.approx(wanted, rel=1e-6, abs=1e-6)

@@ -27,8 +27,10 @@ from tests.helpers.dist import free_port
 from tests.helpers.tiny import (
     make_batch,
     make_tiny_model,
+    packed,
     reference_logprobs,
     tiny_config,
+    unpacked,
     weighted_loss,
 )
 
@@ -80,19 +82,18 @@ def test_scoring_leaves_no_trace(folder, state):
     assert other.update([batch], weighted_loss, 0) == first
 
 
-def test_padding_on_the_right_is_invisible(folder, state):
-    batch = make_batch((2, 9), 0)
-    padded = dataclasses.replace(
-        batch,
-        **{
-            name: torch.nn.functional.pad(getattr(batch, name), (0, 5))
-            for name in ("input_ids", "labels", "loss_mask", "old_logprobs", "advantages")
-        },
-        position_ids=torch.arange(14).expand(2, 14),
-    )
+def test_neighbours_in_a_row_are_invisible(folder, state):
+    """A sample has the same log-probs alone, first, last, and beside a copy of itself."""
+    first, second, third = unpacked(make_batch((3, 9), 0))
     actor = make_actor(tiny_config(folder), state)
-    ((short, _), (long, _)) = actor.score([batch, padded])
-    torch.testing.assert_close(long[:, :9], short, rtol=0, atol=2e-6)
+    rows = [packed(row) for row in ([first], [second, first, third], [third, first, first])]
+    scores = [
+        logprobs.split(row.lengths)
+        for row, (logprobs, _) in zip(rows, actor.score(rows), strict=True)
+    ]
+    (alone,), (_, middle, _), (_, again, last) = scores
+    for other in (middle, again, last):
+        torch.testing.assert_close(other, alone, rtol=0, atol=2e-6)
 
 
 def test_export_hands_out_copies(folder, state):

@@ -1,8 +1,8 @@
 """Run functions on several gloo ranks, with a deadline.
 
-Importing Megatron takes ten seconds, so it is done once, in a server from which ranks are forked, and
-`RankPool` keeps its processes and runs one function after the other on them. After a failure or a
-timeout its processes are killed and started anew.
+Importing Megatron takes ten seconds, so it is done once, in a server from which ranks are forked,
+and `RankPool` keeps its processes and runs one function after the other on them. After a failure or
+a timeout its processes are killed and started anew.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ import warnings
 
 warnings.simplefilter("ignore")
 
-import tests.helpers.learner_ranks  # noqa: E402, F401
-import tests.helpers.megatron_ranks  # noqa: E402, F401
 from megatron_matpo.megatron import cpu_backend  # noqa: E402
 
 cpu_backend.install()

@@ -96,6 +96,15 @@ def test_tree_has_fields_not_text() -> None:
     assert "Input JSON schema: {" in worker.turns[0].text
 
 
+def test_a_box_in_the_arguments_of_a_call_is_no_answer() -> None:
+    turn = "So far \\boxed{Bob}. " + delegate("check \\boxed{Ada}")
+    tree, _, _ = play(
+        by_role([turn], []), AGENTS | {"planner": replace(AGENTS["planner"], max_turns=1)}
+    )
+    assert tree.planner.status is Status.MAX_TURNS
+    assert tree.said == "So far \\boxed{Bob}."
+
+
 def test_the_report_has_no_thoughts_and_no_calls_and_is_capped() -> None:
     long = "x" * 300
     turns = ["<think>secret</think>\n\n" + long + call("web", "nothing")]

@@ -45,6 +45,8 @@ def trajectory(format_score: float, role: Role = Role.WORKER) -> Trajectory:
         (r"{ \boxed{a}", "a"),
         ("\\boxed{two\nlines}", "two\nlines"),
         (r"boxed{a}", None),
+        (r"\\boxed{a}", "a"),
+        (r"\\\\\boxed{a}", "a"),
     ],
 )
 def test_extract(said: str, expected: str | None) -> None:
@@ -54,6 +56,7 @@ def test_extract(said: str, expected: str | None) -> None:
 def test_extract_takes_linear_time() -> None:
     start = time.process_time()
     assert extract_answer("\\boxed{" * 50_000) is None
+    assert extract_answer("\\" * 500_000) is None
     assert time.process_time() - start < 1.0
 
 

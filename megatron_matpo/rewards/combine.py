@@ -24,6 +24,7 @@ from megatron_matpo.agents.grammar import CallOutcome, format_score
 from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.types import Reward, Role, Trajectory
 
+_DIGITS = 12
 # Not a complete block of the original's format, which it does not look at.
 _UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNTAX})
 
@@ -31,10 +32,12 @@ _UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNT
 def episode_format(trajectories: Sequence[Trajectory]) -> float:
     """Mean of the format scores of the trajectories that exist, planner and workers alike.
 
-    Summed exactly: equal scores in another order give an equal reward, to the last bit, or a group
-    that teaches nothing would look informative.
+    Equal scores in another order, or equal means over other numbers of trajectories (3/5, and 1 and
+    1/5), give an equal reward to the last bit, or a group that teaches nothing would look
+    informative: the sum is exact, and the mean is rounded to `_DIGITS`.
     """
-    return math.fsum(item.format_score for item in trajectories) / len(trajectories)
+    mean = math.fsum(item.format_score for item in trajectories) / len(trajectories)
+    return round(mean, _DIGITS)
 
 
 def reference_format(trajectories: Sequence[Trajectory], *, can_delegate: bool) -> float:

@@ -142,6 +142,13 @@ def test_the_order_of_workers_does_not_change_a_bit_of_the_reward() -> None:
     assert len({episode_format([planner, *map(trajectory, order)]) for order in orders}) == 1
 
 
+def test_equal_means_over_other_numbers_of_trajectories_are_equal_to_the_last_bit() -> None:
+    alone = [trajectory(3 / 5, Role.PLANNER)]
+    with_worker = [trajectory(2 / 5, Role.PLANNER), trajectory(4 / 5)]
+    assert (2 / 5 + 4 / 5) / 2 != 3 / 5, "a plain mean does not"
+    assert episode_format(with_worker) == episode_format(alone)
+
+
 def score(scorer: Scorer, said: str) -> Score:
     items = [trajectory(1.0, Role.PLANNER)]
     return asyncio.run(scorer.score("Who?", said, "ada", items))

@@ -9,8 +9,9 @@ read what the call grammar made of each call; there is no second parser.
   for a planner that has no workers, so that not delegating costs half of the format reward; only
   complete call blocks count, so that an unclosed block or a native `<tool_call>` costs nothing; a
   planner that cannot delegate is scored by its own calls alone.
-  Differs from the original: calls inside `<think>` count for nothing (there, like any other); a
-  closing tag that closes nothing counts as a wrong block (there, for nothing).
+  Differs from the original: calls inside `<think>`, in a final summary or in a turn that was cut
+  by length count for nothing (there, like any other); a closing tag that closes nothing counts as a
+  wrong block (there, for nothing).
 
 In either form an episode that failed for reasons outside the model gets no reward, instead of 0.
 """

@@ -179,7 +179,8 @@ class _Episode:
             conversation.calls.extend(records)
             if not calls:
                 return _Ending(Status.ANSWERED)
-            num_invalid += sum(call.outcome is not CallOutcome.OK for call in calls)
+            # By message: whoever mistakes the form of one call mistakes it in all of them.
+            num_invalid += any(call.outcome is not CallOutcome.OK for call in calls)
             if num_invalid > config.max_invalid_calls:
                 return _Ending(Status.INVALID_CALL)
             if conversation.num_model_turns >= config.max_turns:

@@ -187,6 +187,24 @@ def test_invalid_calls_are_bounded(allowed: int, num_turns: int) -> None:
     assert tree.planner.format_score == 0.0
 
 
+@pytest.mark.parametrize(
+    ("message", "num_executed", "num_refused"),
+    [
+        (call("web", "nothing") * 2, 0, 2),
+        (search("x") + call("web", "nothing") * 3, 1, 3),
+        (search("x") * 10, 8, 2),  # max_calls_per_turn
+    ],
+)
+def test_the_bound_on_invalid_calls_counts_messages(
+    message: str, num_executed: int, num_refused: int
+) -> None:
+    tree, _, tools = play(by_role([message, "It is \\boxed{y}"], []), SINGLE)
+    assert SINGLE["planner"].max_invalid_calls == 1
+    assert tree.planner.status is Status.ANSWERED and tree.said == "It is \\boxed{y}"
+    assert len(tools.seen) == num_executed
+    assert tree.planner.turns[2].text.count("was not executed") == num_refused
+
+
 def test_a_corrected_call_goes_on() -> None:
     turns = [search("x", closed=False), search("x"), "It is \\boxed{y}"]
     tree, _, tools = play(by_role(turns, []), SINGLE)

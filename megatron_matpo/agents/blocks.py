@@ -91,6 +91,28 @@ class BlockScanner(ABC):
                 calls.append(ParsedCall(CallOutcome.FOREIGN_SYNTAX, detail=detail))
         return calls
 
+    def without_blocks(self) -> str:
+        """The text without its complete blocks; a tag inside a JSON string ends none."""
+        kept: list[str] = []
+        position = 0
+        for start, tag in self._marks:
+            if tag != self._tags.open or start < position:
+                continue
+            body = start + len(tag)
+            read = self._read(body)
+            end = self._end_of_next_close(body) if isinstance(read, Broken) else read[1]
+            if end < 0:
+                break
+            kept.append(self._text[position:start])
+            position = end
+        kept.append(self._text[position:])
+        return "".join(kept).strip()
+
+    def _end_of_next_close(self, position: int) -> int:
+        """Where the first closing tag from `position` on ends; -1 if there is none."""
+        start = self._text.find(self._tags.close, position)
+        return start + len(self._tags.close) if start >= 0 else -1
+
     def _match_blocks(self) -> dict[int, tuple[int, bool]]:
         """Start of each closed block -> (its end, whether it holds another closed block)."""
         ends: dict[int, tuple[int, bool]] = {}
@@ -150,17 +172,3 @@ class BlockScanner(ABC):
             found = tail.match(part, end)
             return tail_error if found is None else (value, start + found.end())
         return reason
-
-
-def strip_blocks(text: str, tags: Tags) -> str:
-    """`text` without its complete blocks."""
-    kept: list[str] = []
-    position = 0
-    while True:
-        start = text.find(tags.open, position)
-        end = text.find(tags.close, start) if start >= 0 else -1
-        if end < 0:
-            kept.append(text[position:])
-            return "".join(kept).strip()
-        kept.append(text[position:start])
-        position = end + len(tags.close)

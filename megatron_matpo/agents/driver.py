@@ -67,7 +67,8 @@ class EpisodeTree:
     planner: Trajectory
     workers: tuple[Trajectory, ...]
     said: str
-    """What the planner's last turn says, thoughts left out; the answer is looked for here."""
+    """What the planner's last turn says, without thoughts and complete calls; the answer is looked
+    for here, and the arguments of a call that was not executed are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ class _Episode:
         return EpisodeTree(
             planner.freeze(status, error),
             tuple(worker.freeze(status, error) for worker in self._workers),
-            said,
+            self._grammar.without_calls(said),
         )
 
     async def _run_to_status(self, planner: Conversation) -> tuple[Status, str]:
@@ -178,7 +179,8 @@ class _Episode:
             conversation.calls.extend(records)
             if not calls:
                 return _Ending(Status.ANSWERED)
-            num_invalid += sum(call.outcome is not CallOutcome.OK for call in calls)
+            # By message: whoever mistakes the form of one call mistakes it in all of them.
+            num_invalid += any(call.outcome is not CallOutcome.OK for call in calls)
             if num_invalid > config.max_invalid_calls:
                 return _Ending(Status.INVALID_CALL)
             if conversation.num_model_turns >= config.max_turns:

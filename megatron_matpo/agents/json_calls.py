@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_matpo.agents.arguments import check_arguments, type_name
-from megatron_matpo.agents.blocks import BlockScanner, Broken, Tags, strip_blocks
+from megatron_matpo.agents.blocks import BlockScanner, Broken, Tags
 from megatron_matpo.agents.grammar import CallOutcome, ParsedCall
 from megatron_matpo.agents.tools import ToolSpec
 
@@ -63,7 +63,7 @@ class JsonCalls:
 
     def without_calls(self, text: str) -> str:
         """As `CallGrammar.without_calls`."""
-        return strip_blocks(text, TAGS)
+        return _Scanner(text, {}).without_blocks()
 
     def tool_list(self, tools: Iterable[ToolSpec]) -> str:
         """The list and the form of a call, as Qwen's template appends them to a system message."""

@@ -37,9 +37,9 @@ class AgentConfig:
     max_turns: int = 20
     max_tokens_per_turn: int = 4096
     max_invalid_calls: int = 1
-    """Malformed calls of one trajectory, in all and not in a row, that get a reply saying what is
-    wrong, and another chance; one more ends the trajectory. 0: the first one ends it, as in MATPO's
-    original."""
+    """Messages of one trajectory with malformed calls, in all and not in a row, whose malformed
+    calls get replies saying what is wrong, and another chance; one more such message ends the
+    trajectory. 0: the first one ends it, as in MATPO's original."""
     max_calls_per_turn: int = 8
     """Calls of one message that are executed; further ones are malformed calls."""
     final_summary: str = "auto"

@@ -37,6 +37,8 @@ _IS_OPENABLE = re.compile(
 _OWN_ADDRESS = frozenset({"url", "canonical", "og:url", "twitter:url", "al:web:url"})
 """Keys by which the metadata of a scraped page tell its own address."""
 _DROPPED = object()
+_JSON = json.JSONDecoder()
+_NEXT = re.compile(r"\s*(?=\S)")
 _MAX_REMEMBERED = 8192
 
 
@@ -139,19 +141,23 @@ class PolicedToolBox:
             return reply
         before = self.num_blocked
         try:
-            content = json.loads(reply.text)
-            is_elsewhere = is_page and any(map(self._leads_away, _own_addresses(content)))
-            kept = _DROPPED if is_elsewhere else self._sift(content, is_page)
+            values = list(_json_values(reply.text))
+            own = (text for value in values for text in _own_addresses(value))
+            is_elsewhere = is_page and any(map(self._leads_away, own))
+            sifted = [] if is_elsewhere else [self._sift(value, is_page) for value in values]
         except ValueError:
             return reply  # text that begins like JSON
         except RecursionError:
-            kept = _DROPPED
-        if kept is _DROPPED:
+            sifted = []
+        kept = [value for value in sifted if value is not _DROPPED]
+        if not kept:
             self.num_blocked = before + 1
             return ToolReply("Error: not shown: it comes from an address that is blocked.", True)
+        self.num_blocked += len(sifted) - len(kept)
         if self.num_blocked == before:
             return reply
-        return ToolReply(json.dumps(kept, indent=2, ensure_ascii=False), False)
+        shown = (json.dumps(value, indent=2, ensure_ascii=False) for value in kept)
+        return ToolReply("\n".join(shown), False)
 
     def _sift(self, value: Any, is_page: bool) -> Any:
         """`value` without what names a refused address; `_DROPPED` if it is such a thing itself.
@@ -252,6 +258,19 @@ def _places(address: Address) -> Iterator[str]:
         for prefix, host in ALIASES.get(name, ()):
             if not prefix or address.path.startswith(f"{prefix}/"):
                 yield address.host.removesuffix(name) + host + address.path.removeprefix(prefix)
+
+
+def _json_values(text: str) -> Iterator[Any]:
+    """The JSON values of a reply: servers that send one content item per result have several.
+
+    Raises:
+        ValueError: something else stands among them.
+        RecursionError: they are nested too deeply.
+    """
+    position = 0
+    while found := _NEXT.match(text, position):
+        value, position = _JSON.raw_decode(text, found.end())
+        yield value
 
 
 def _addresses_of(value: Any, key: str) -> Iterator[str]:

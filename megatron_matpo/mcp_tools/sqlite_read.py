@@ -11,14 +11,18 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from megatron_matpo.errors import DataError
 
-_MAX_VALUE_BYTES = 4 << 20
+# The deadline is looked at between steps of a query, and one function call is one step. So these
+# bound the slowest calls, which take value times value (instr, replace) or value times pattern
+# (LIKE, GLOB): some seconds.
+_MAX_VALUE_BYTES = 512 << 10
+_MAX_PATTERN_BYTES = 500
 _MAX_SQL_BYTES = 100_000
 # Of the process, over all queries that run at the same time.
 _HEAP_BYTES = 512 << 20
@@ -217,6 +221,9 @@ class Database:
             connection.text_factory = lambda data: data.decode("utf-8", "replace")
             connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _MAX_VALUE_BYTES)
             connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _MAX_SQL_BYTES)
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LIKE_PATTERN_LENGTH, _MAX_PATTERN_BYTES)
+            for name, strip in _STRIPS.items():
+                connection.create_function(name, 2, strip, deterministic=True)
             connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
             connection.execute("PRAGMA query_only = ON")
             connection.execute("PRAGMA trusted_schema = OFF")
@@ -226,6 +233,28 @@ class Database:
             yield connection
         finally:
             connection.close()
+
+
+def _stripping(strip: Callable[[str, str], str]) -> Callable[[object, object], str | None]:
+    """SQLite's `trim(X, Y)`, which takes a minute for long X and Y."""
+
+    def stripped(text: object, characters: object) -> str | None:
+        if text is None or characters is None:
+            return None
+        return strip(_as_text(text), _as_text(characters))
+
+    return stripped
+
+
+def _as_text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+_STRIPS = {
+    "trim": _stripping(str.strip),
+    "ltrim": _stripping(str.lstrip),
+    "rtrim": _stripping(str.rstrip),
+}
 
 
 def _authorizer(refused: list[str]):

@@ -182,6 +182,12 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec("time/*", "s", "wall clock", "Other phases (checkpoint, eval, ...)."),
     MetricSpec("rollout/episodes", "count", "sum", "Episodes of the step, failed ones included."),
     MetricSpec("rollout/failed", "count", "sum", "Episodes left out because of infrastructure."),
+    MetricSpec(
+        "rollout/failed_by/*",
+        "count",
+        "sum",
+        "The same by status, or `judge_failure`; none: absent.",
+    ),
     MetricSpec("rollout/failed_frac", "[0, 1]", "share of the step's episodes", "The same."),
     MetricSpec("rollout/retries", "count", "sum", "Fresh attempts of failed episodes."),
     MetricSpec("rollout/workers_per_planner", "count", _EPISODES, "Worker trajectories."),

@@ -38,8 +38,8 @@ def check_command(options: argparse.Namespace) -> int:
 class RecipeCheck:
     """Rows against a recipe: servers that prompts offer, and lengths of prompts in tokens.
 
-    In a recipe that renders its prompts (`rollout.prompts: rendered`) the row's prompt is not
-    shown to the policy; its servers are only noted, and its length stands for the rendered one's.
+    In a recipe that renders its prompts (`rollout.prompts: rendered`) the row's system message is
+    not shown to the policy; its servers are only noted, and only the user message is measured.
     """
 
     def __init__(self, config: Config) -> None:
@@ -51,9 +51,13 @@ class RecipeCheck:
         planner = config.agents[config.rollout.planner]
         self.notes: Counter[str] = Counter()
         self.max_tokens = 0
+        self.measured = "prompt" if config.rollout.prompts == "dataset" else "user message"
         self._chat = Chat(Tokenizer.load(config.model.path))
         self._allowed = set(planner.tools)
-        self._limit = planner.context_length or config.rollout.context_length
+        context = planner.context_length or config.rollout.context_length
+        # As the driver has it, which also keeps one token free for the engine.
+        reserve = planner.summary_reserve_tokens if planner.final_summary != "never" else 0
+        self._limit = max(0, context - reserve - 1)
         self._shows_row = config.rollout.prompts == "dataset"
 
     def __call__(self, question: Question) -> Iterator[tuple[str, str]]:
@@ -67,10 +71,11 @@ class RecipeCheck:
                 yield "prompt[0].content", text
             else:
                 self.notes[f"prompt[0].content {text} (not shown: rollout.prompts=rendered)"] += 1
-        num_tokens = len(self._chat.initial_ids(question.system, question.user)[0])
+        system = question.system if self._shows_row else ""
+        num_tokens = len(self._chat.initial_ids(system, question.user)[0])
         self.max_tokens = max(self.max_tokens, num_tokens)
         if num_tokens >= self._limit:
-            text = f"expected fewer tokens than the planner's context of {self._limit}"
+            text = f"expected fewer than the {self._limit} tokens that the planner's turns may fill"
             yield "prompt", f"{text}, got {num_tokens}"
 
 
@@ -94,7 +99,9 @@ def print_findings(found: Findings, with_recipe: RecipeCheck | None = None) -> N
     for note, count in notes.items():
         print(f"{found.name}: note: {count} {note}")
     if with_recipe is not None and with_recipe.max_tokens:
-        print(f"{found.name}: the longest prompt has {with_recipe.max_tokens} tokens")
+        print(
+            f"{found.name}: the longest {with_recipe.measured} has {with_recipe.max_tokens} tokens"
+        )
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

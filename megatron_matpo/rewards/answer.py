@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-_TOKENS = re.compile(r"\\boxed\{|\\.|[{}]", re.DOTALL)
+# After any number of backslashes: a model that also writes JSON doubles them.
+_TOKENS = re.compile(r"\\boxed\{|\\(?!\\boxed\{).|[{}]", re.DOTALL)
 
 
 def extract_answer(said: str) -> str | None:

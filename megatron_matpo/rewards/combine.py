@@ -9,8 +9,9 @@ read what the call grammar made of each call; there is no second parser.
   for a planner that has no workers, so that not delegating costs half of the format reward; only
   complete call blocks count, so that an unclosed block or a native `<tool_call>` costs nothing; a
   planner that cannot delegate is scored by its own calls alone.
-  Differs from the original: calls inside `<think>` count for nothing (there, like any other); a
-  closing tag that closes nothing counts as a wrong block (there, for nothing).
+  Differs from the original: calls inside `<think>`, in a final summary or in a turn that was cut
+  by length count for nothing (there, like any other); a closing tag that closes nothing counts as a
+  wrong block (there, for nothing).
 
 In either form an episode that failed for reasons outside the model gets no reward, instead of 0.
 """
@@ -24,6 +25,7 @@ from megatron_matpo.agents.grammar import CallOutcome, format_score
 from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.types import Reward, Role, Trajectory
 
+_DIGITS = 12
 # Not a complete block of the original's format, which it does not look at.
 _UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNTAX})
 
@@ -31,10 +33,12 @@ _UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNT
 def episode_format(trajectories: Sequence[Trajectory]) -> float:
     """Mean of the format scores of the trajectories that exist, planner and workers alike.
 
-    Summed exactly: equal scores in another order give an equal reward, to the last bit, or a group
-    that teaches nothing would look informative.
+    Equal scores in another order, or equal means over other numbers of trajectories (3/5, and 1 and
+    1/5), give an equal reward to the last bit, or a group that teaches nothing would look
+    informative: the sum is exact, and the mean is rounded to `_DIGITS`.
     """
-    return math.fsum(item.format_score for item in trajectories) / len(trajectories)
+    mean = math.fsum(item.format_score for item in trajectories) / len(trajectories)
+    return round(mean, _DIGITS)
 
 
 def reference_format(trajectories: Sequence[Trajectory], *, can_delegate: bool) -> float:

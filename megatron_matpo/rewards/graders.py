@@ -2,8 +2,9 @@
 
 Source: `exact_match` and `f1` normalise as SQuAD's evaluation does (Rajpurkar et al. 2016: lower
 case, no punctuation, no articles, single spaces). Differs: Unicode is folded first (NFKC), LaTeX
-text commands are unwrapped, and punctuation is whatever Unicode says it is. MATPO asks an LLM judge
-instead (`rewards.judge`); these need no service.
+text commands are unwrapped, punctuation is whatever Unicode says it is, and it separates words
+instead of vanishing ("1990-1995" is "1990 1995"; "1,000" is not "1000", nor "U.S." "US"). MATPO
+asks an LLM judge instead (`rewards.judge`); these need no service.
 """
 
 from __future__ import annotations

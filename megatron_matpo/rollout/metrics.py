@@ -98,6 +98,8 @@ def rollout_metrics(groups: Sequence[Group], duration_s: float) -> dict[str, flo
         "tokens/context": sum(item.num_tokens for item in trajectories),
         "time/collect_s": duration_s,
     }
+    kinds = Counter(episode.failure.partition(":")[0] for episode in episodes if episode.failure)
+    values |= {f"rollout/failed_by/{kind}": count for kind, count in kinds.items()}
     for role in Role:
         items = [item for episode in graded for item in _of_role(episode, role)]
         if items or role is Role.PLANNER:

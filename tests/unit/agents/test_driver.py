@@ -96,6 +96,15 @@ def test_tree_has_fields_not_text() -> None:
     assert "Input JSON schema: {" in worker.turns[0].text
 
 
+def test_a_box_in_the_arguments_of_a_call_is_no_answer() -> None:
+    turn = "So far \\boxed{Bob}. " + delegate("check \\boxed{Ada}")
+    tree, _, _ = play(
+        by_role([turn], []), AGENTS | {"planner": replace(AGENTS["planner"], max_turns=1)}
+    )
+    assert tree.planner.status is Status.MAX_TURNS
+    assert tree.said == "So far \\boxed{Bob}."
+
+
 def test_the_report_has_no_thoughts_and_no_calls_and_is_capped() -> None:
     long = "x" * 300
     turns = ["<think>secret</think>\n\n" + long + call("web", "nothing")]
@@ -176,6 +185,24 @@ def test_invalid_calls_are_bounded(allowed: int, num_turns: int) -> None:
     assert tree.planner.num_model_turns == num_turns
     assert tree.planner.turns[-1].kind is TurnKind.MODEL
     assert tree.planner.format_score == 0.0
+
+
+@pytest.mark.parametrize(
+    ("message", "num_executed", "num_refused"),
+    [
+        (call("web", "nothing") * 2, 0, 2),
+        (search("x") + call("web", "nothing") * 3, 1, 3),
+        (search("x") * 10, 8, 2),  # max_calls_per_turn
+    ],
+)
+def test_the_bound_on_invalid_calls_counts_messages(
+    message: str, num_executed: int, num_refused: int
+) -> None:
+    tree, _, tools = play(by_role([message, "It is \\boxed{y}"], []), SINGLE)
+    assert SINGLE["planner"].max_invalid_calls == 1
+    assert tree.planner.status is Status.ANSWERED and tree.said == "It is \\boxed{y}"
+    assert len(tools.seen) == num_executed
+    assert tree.planner.turns[2].text.count("was not executed") == num_refused
 
 
 def test_a_corrected_call_goes_on() -> None:

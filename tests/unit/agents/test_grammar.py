@@ -159,6 +159,8 @@ def test_visible_text_and_strip_calls() -> None:
     assert visible_text("never ends", starts_in_thinking=True) == ""
     assert XML.without_calls(f"report {GOOD} more {GOOD}") == "report  more"
     assert XML.without_calls("no end <use_mcp_tool> x") == "no end <use_mcp_tool> x"
+    assert XML.without_calls(f"a {search('x </use_mcp_tool> y')} b") == "a  b"
+    assert XML.without_calls("a <use_mcp_tool> broken </use_mcp_tool> b") == "a  b"
 
 
 PIECES = [

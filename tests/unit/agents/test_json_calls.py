@@ -131,6 +131,7 @@ def test_the_server_of_a_call_is_that_of_its_tool() -> None:
 def test_calls_are_removed_from_reports() -> None:
     assert JSON.without_calls(f"a {GOOD} b {GOOD}") == "a  b"
     assert JSON.without_calls("a <tool_call> b") == "a <tool_call> b"
+    assert JSON.without_calls(f"a {GOOD.replace('x', 'x </tool_call> y')} b") == "a  b"
 
 
 def test_the_tool_list_is_what_qwens_template_writes() -> None:

@@ -162,6 +162,16 @@ def test_a_page_loses_the_address_alone_but_a_page_from_elsewhere_goes_whole() -
     assert "words" not in reply.text
 
 
+def test_each_of_several_json_values_is_looked_into() -> None:
+    """What is left of a server's reply with one content item per result (`pool.reply_of`)."""
+    results = [{"link": LEAK, "snippet": "42"}, {"link": FINE}, {"sitelinks": [{"link": LEAK}]}]
+    reply, _, num_blocked = call("\n".join(map(json.dumps, results)), {"q": "gaia"})
+    assert reply.text == '{\n  "link": "' + FINE + '"\n}\n{\n  "sitelinks": []\n}'
+    assert (reply.is_error, num_blocked) == (False, 2)
+    reply, _, num_blocked = call(json.dumps(results[0]) + "\n\n", {"q": "gaia"})
+    assert (reply.is_error, num_blocked) == (True, 1)
+
+
 def test_json_that_is_nested_too_deeply_to_be_judged_is_not_shown() -> None:
     for depth in (400, 900, 100_000):
         reply, _, num_blocked = call("[" * depth + f'"{LEAK}"' + "]" * depth, {"q": "x"})

@@ -125,11 +125,28 @@ def test_nothing_can_be_written_and_no_other_file_be_read(shop: Path, sql: str) 
         ("SELECT \ud800", "not valid text"),
         ("SELECT 1\0", "null character"),
         ("SELECT zeroblob(1000000000)", "too big"),
+        # One call of these would take minutes, and no deadline ends it.
+        ("SELECT instr(zeroblob(2000000), zeroblob(1000000))", "too big"),
+        ("SELECT 'x' LIKE hex(zeroblob(20000))", "pattern too complex"),
         ("SELECT '" + "x" * 200_000 + "'", "too large"),
     ],
 )
 def test_reasons_are_for_the_model(shop: Path, sql: str, said: str) -> None:
     assert said in refusal(Database(shop, ReadLimits()), sql)
+
+
+def test_trim_is_sqlites_and_ends_soon(shop: Path) -> None:
+    database = Database(shop, ReadLimits())
+    sql = (
+        "SELECT trim('xyaxy', 'xy'), ltrim('xxa', 'x'), rtrim('axx', 'x'), trim(' a '), "
+        "trim(1.50, '0'), trim(NULL, 'x'), trim('x', NULL), trim('a', ''), trim(x'4161', 'A')"
+    )
+    with sqlite3.connect(":memory:") as plain:
+        expected = ["NULL" if value is None else value for value in plain.execute(sql).fetchone()]
+    plain.close()
+    assert database.query(sql).splitlines()[1] == " | ".join(expected)
+    long = "trim(hex(zeroblob(200000)), replace(hex(zeroblob(80000)), '0', 'b') || '0')"
+    assert database.query(f"SELECT length({long}) AS n") == "n\n0\n(1 row)"
 
 
 def test_table_functions_and_full_text_search_can_be_read(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_recipe_checks_servers_and_lengths(
     file = str(WORLD / "data" / "matpo_eval.parquet")
     check = ["data", "check", file, "--recipe", recipe, "--max-shown", "2"]
     assert main(check) == 0
-    assert "the longest prompt has 19 tokens" in capsys.readouterr().out
+    assert "the longest user message has 14 tokens" in capsys.readouterr().out
     single = [*check, "--set", "rollout.planner=single_agent"]
     assert main(single) == 0  # rendered: the rows' prompts are not shown
     assert "64 prompt[0].content offers browsing_agent, but the" in capsys.readouterr().out
@@ -188,6 +188,10 @@ def test_a_recipe_checks_servers_and_lengths(
     assert output.count("row 0: prompt[0].content: offers browsing_agent, but") == 1
     assert "... and 62 more problems" in output
     assert "      64  prompt[0].content: offers browsing_agent, but the" in output
-    assert main([*check, "--set", "rollout.context_length=19"]) == 2
+    shown = [*check, "--set", "rollout.prompts=dataset", "--set"]
+    assert main([*shown, "rollout.context_length=4117"]) == 0
+    assert "the longest prompt has 19 tokens" in capsys.readouterr().out
+    assert main([*shown, "rollout.context_length=4116"]) == 2  # the summary's reserve is 4096
     output = capsys.readouterr().out
-    assert "prompt: expected fewer tokens than the planner's context of 19, got 19" in output
+    assert "prompt: expected fewer than the 19 tokens that the planner's turns may fill" in output
+    assert ", got 19" in output

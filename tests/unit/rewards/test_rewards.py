@@ -45,6 +45,8 @@ def trajectory(format_score: float, role: Role = Role.WORKER) -> Trajectory:
         (r"{ \boxed{a}", "a"),
         ("\\boxed{two\nlines}", "two\nlines"),
         (r"boxed{a}", None),
+        (r"\\boxed{a}", "a"),
+        (r"\\\\\boxed{a}", "a"),
     ],
 )
 def test_extract(said: str, expected: str | None) -> None:
@@ -54,6 +56,7 @@ def test_extract(said: str, expected: str | None) -> None:
 def test_extract_takes_linear_time() -> None:
     start = time.process_time()
     assert extract_answer("\\boxed{" * 50_000) is None
+    assert extract_answer("\\" * 500_000) is None
     assert time.process_time() - start < 1.0
 
 
@@ -137,6 +140,13 @@ def test_the_order_of_workers_does_not_change_a_bit_of_the_reward() -> None:
     orders = list(itertools.permutations(workers))
     assert len({sum([1.0, *order]) for order in orders}) == 2, "a plain sum does"
     assert len({episode_format([planner, *map(trajectory, order)]) for order in orders}) == 1
+
+
+def test_equal_means_over_other_numbers_of_trajectories_are_equal_to_the_last_bit() -> None:
+    alone = [trajectory(3 / 5, Role.PLANNER)]
+    with_worker = [trajectory(2 / 5, Role.PLANNER), trajectory(4 / 5)]
+    assert (2 / 5 + 4 / 5) / 2 != 3 / 5, "a plain mean does not"
+    assert episode_format(with_worker) == episode_format(alone)
 
 
 def score(scorer: Scorer, said: str) -> Score:

@@ -161,6 +161,7 @@ def test_an_episode_that_keeps_failing_is_left_out_not_punished() -> None:
     assert left_out.failure == "engine_failure: http://e: gone"
     assert left_out.planner.status is Status.ENGINE_FAILURE
     assert batch.metrics["rollout/failed_frac"] == 0.25
+    assert batch.metrics["rollout/failed_by/engine_failure"] == 1
     assert batch.metrics["rollout/status/planner/answered"] == 1.0
 
 
@@ -183,7 +184,7 @@ def test_deadline_is_a_failure_that_names_its_setting() -> None:
     batch, _ = collect(config=config, delay_s=1.0)
     failures = {episode.failure for group in batch.groups for episode in group.episodes}
     assert failures == {"deadline: no end after 0.02 s (rollout.episode_timeout_s)"}
-    assert batch.metrics["rollout/failed"] == 4
+    assert batch.metrics["rollout/failed"] == batch.metrics["rollout/failed_by/deadline"] == 4
 
 
 def test_a_bug_in_one_episode_is_counted_and_never_the_step_s() -> None:

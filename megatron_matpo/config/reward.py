@@ -42,6 +42,9 @@ class RewardConfig:
 
     accuracy_weight: float = 0.9
     format_weight: float = 0.1
+    worker_format_share: float = -1.0
+    """How much of an episode's format score is the mean of its workers' scores, the rest being the
+    planner's; without a worker it is the planner's alone. -1: the mean over all trajectories."""
     gate_format: bool = False
     """Format counts only when accuracy is exactly 1."""
     grader: str = "exact_match"

@@ -31,6 +31,9 @@ class McpServerConfig:
     """Per call, after transport errors only."""
     backoff_s: float = 0.5
     """Before the second attempt; grows with each further one, with jitter."""
+    outage_pattern: str = ""
+    """Regular expression: errors of this server that match it are outages of the service behind it
+    (retried, then no reward), also those marked as a tool's own. Network errors need none."""
     breaker_failures: int = 20
     """Failed calls in a row after which calls fail at once, until a trial call succeeds; 0: off."""
     breaker_reset_s: float = 30.0

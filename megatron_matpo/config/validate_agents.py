@@ -94,7 +94,10 @@ def check_planner(config: Config) -> Iterator[str]:
             if tool in config.agents:
                 why = "only a planner may call agents, and only workers can be called"
             yield f"agents.{name}.tools={tool}: {why}; known: {', '.join(allowed) or 'none'}"
-        called = [config.agents[tool].tool_name for tool in agent.tools if tool in workers]
+        twice = sorted({tool for tool in agent.tools if agent.tools.count(tool) > 1})
+        if twice:
+            yield f"agents.{name}.tools: {', '.join(twice)} more than once; name each one once"
+        called = [config.agents[tool].tool_name for tool in {*agent.tools} if tool in workers]
         if len(set(called)) < len(called):
             yield f"agents.{name}.tools: its workers share a tool_name; give each its own"
 

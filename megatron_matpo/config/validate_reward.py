@@ -20,6 +20,14 @@ def check_reward(config: Config) -> Iterator[str]:
             "rollout.dynamic_sampling=true: with data.samples_per_prompt="
             f"{config.data.samples_per_prompt} no group can be informative; use 2 or more"
         )
+    share = config.reward.worker_format_share
+    if share > 1.0 or (share < 0 and share != -1.0):
+        yield f"reward.worker_format_share={share:g}: must be between 0 and 1, or -1"
+    if share != -1.0 and config.compat == "reference":
+        yield (
+            "reward.worker_format_share: compat=reference has the original's own share, one half; "
+            "leave one of the two out"
+        )
     if config.reward.grader == JUDGE:
         yield from _check_judge(config.reward.judge)
         deadline_s, limit_s = config.reward.judge.deadline_s, config.rollout.step_timeout_s

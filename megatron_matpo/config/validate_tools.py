@@ -84,6 +84,10 @@ def check_server(name: str, server: McpServerConfig) -> Iterator[str]:
     for field in ("start_timeout_s", "call_timeout_s", "breaker_reset_s"):
         if getattr(server, field) <= 0:
             yield f"{path}.{field}={getattr(server, field)}: must be greater than 0"
+    try:
+        re.compile(server.outage_pattern)
+    except re.error as error:
+        yield f"{path}.outage_pattern={server.outage_pattern!r}: no regular expression ({error})"
     for field in ("backoff_s", "breaker_failures"):
         if getattr(server, field) < 0:
             yield f"{path}.{field}={getattr(server, field)}: must be at least 0"

@@ -47,12 +47,14 @@ _OUTAGE = re.compile(
 )
 
 
-def is_outage(message: str, arguments: Mapping[str, Any]) -> bool:
+def is_outage(
+    message: str, arguments: Mapping[str, Any], pattern: re.Pattern[str] = _OUTAGE
+) -> bool:
     """Whether a server's error is about the service behind it; what it quotes does not count."""
     for value in arguments.values():
-        if isinstance(value, str) and _OUTAGE.search(value):
+        if isinstance(value, str) and pattern.search(value):
             message = message.replace(value, "")
-    return _OUTAGE.search(message) is not None
+    return pattern.search(message) is not None
 
 
 def reply_of(result: CallToolResult) -> ToolReply:
@@ -77,10 +79,15 @@ class _Server:
         self._changed = asyncio.Event()
         self._next = 0
         self._last_failure = ""
+        self._outage = re.compile(config.outage_pattern) if config.outage_pattern else None
         count = range(config.num_processes)
         self.connections = [
             _make_connection(name, index, config, log_dir, self._changed.set) for index in count
         ]
+
+    def _fits(self, message: str, arguments: Mapping[str, Any]) -> bool:
+        """Whether the recipe says that such an error of this server is an outage."""
+        return self._outage is not None and is_outage(message, arguments, self._outage)
 
     def redact(self, text: str) -> str:
         """`text` without the server's secrets, whoever quotes them."""
@@ -130,15 +137,20 @@ class _Server:
                         await asyncio.sleep(self._pause_s(attempt))
                     connection = await self._ready()
                     try:
-                        return await connection.call(tool, arguments)
+                        result = await connection.call(tool, arguments)
+                        if not (result.is_error and self._fits(reply_of(result).text, arguments)):
+                            return result
+                        message = reply_of(result).text[:_SHOWN_ERROR_CHARS]
+                        problem = f"the service behind it failed: {message}"
                     except ConnectionLostError as error:
                         lost = str(error) or connection.last_error or "it broke the connection"
                         problem = f"the server was lost: {lost}"
                         _log.warning("%s: lost during a call", connection.target.name)
                     except MCPError as error:
-                        if not is_outage(error.message, arguments):
+                        message = error.message
+                        if not (is_outage(message, arguments) or self._fits(message, arguments)):
                             return error
-                        message = error.message[:_SHOWN_ERROR_CHARS]
+                        message = message[:_SHOWN_ERROR_CHARS]
                         problem = f"the service behind it failed: {message}"
             raise ToolError(f"{self.name}/{tool}: {config.max_attempts} attempts; {problem}")
         except TimeoutError as error:

@@ -3,7 +3,8 @@
 Source: MATPO original, `verl/workers/reward_manager/subagent_tool.py` and `tool.py`. Both forms
 read what the call grammar made of each call; there is no second parser.
 
-* Corrected (`compat: corrected`): format is the mean over the trajectories that exist, and a
+* Corrected (`compat: corrected`): format is the mean over the trajectories that exist, or with
+  `reward.worker_format_share` the planner's and the mean over its workers in that proportion; a
   trajectory's is the share of its calls that are well formed.
 * Reference (`compat: reference`, defect C10): format is 0.5 * (planner + mean over workers), with 0
   for a planner that has no workers, so that not delegating costs half of the format reward; only
@@ -30,15 +31,20 @@ _DIGITS = 12
 _UNSEEN_BY_REFERENCE = frozenset({CallOutcome.UNCLOSED, CallOutcome.FOREIGN_SYNTAX})
 
 
-def episode_format(trajectories: Sequence[Trajectory]) -> float:
+def episode_format(trajectories: Sequence[Trajectory], worker_share: float = -1.0) -> float:
     """Mean of the format scores of the trajectories that exist, planner and workers alike.
+
+    With `worker_share` s >= 0, and if there are workers: (1 - s) * planner + s * mean over workers.
 
     Equal scores in another order, or equal means over other numbers of trajectories (3/5, and 1 and
     1/5), give an equal reward to the last bit, or a group that teaches nothing would look
     informative: the sum is exact, and the mean is rounded to `_DIGITS`.
     """
-    mean = math.fsum(item.format_score for item in trajectories) / len(trajectories)
-    return round(mean, _DIGITS)
+    scores = [item.format_score for item in trajectories if item.role is Role.WORKER]
+    (planner,) = (item.format_score for item in trajectories if item.role is Role.PLANNER)
+    share = len(scores) / len(trajectories) if worker_share < 0 else worker_share
+    workers = math.fsum(scores) / len(scores) if scores else planner
+    return round((1.0 - share) * planner + share * workers, _DIGITS)
 
 
 def reference_format(trajectories: Sequence[Trajectory], *, can_delegate: bool) -> float:

@@ -69,7 +69,7 @@ class Scorer:
         if self._is_reference:
             format_part = reference_format(trajectories, can_delegate=self._can_delegate)
         else:
-            format_part = episode_format(trajectories)
+            format_part = episode_format(trajectories, self._config.worker_format_share)
         return Score(answer, combine(accuracy, format_part, self._config, verdict))
 
     def metrics(self) -> dict[str, float]:

@@ -81,6 +81,7 @@ def test_a_worker_cannot_be_the_planner(config):
         ("main_agent", ["serch"], "agents.main_agent.tools=serch: no such tool server"),
         ("browser_agent", ["main_agent"], "only a planner may call agents"),
         ("main_agent", ["main_agent"], "only workers can be called"),
+        ("main_agent", ["browser_agent"] * 2, "browser_agent more than once"),
     ],
 )
 def test_tools_must_exist(config, agent, tools, expected):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_matpo.config import Config
+from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.config.tools import CacheConfig
 from megatron_matpo.config.validate import check_values
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
@@ -70,6 +71,16 @@ def test_a_secret_in_the_recipe_is_refused_and_not_repeated(settings: dict[str, 
 def test_ranges(field: str, value: Any, expected: str) -> None:
     (line,) = check_values(judged(**{field: value}))
     assert line.startswith(f"reward.judge.{field}=") and expected in line
+
+
+@pytest.mark.parametrize(
+    ("share", "compat", "expected"),
+    [(1.5, "corrected", "=1.5: must be between 0 and 1"), (0.5, "reference", "compat=reference")],
+)
+def test_the_share_of_workers(share: float, compat: str, expected: str) -> None:
+    config = replace(Config(), compat=compat, reward=RewardConfig(worker_format_share=share))
+    (line,) = check_reward(config)
+    assert line.startswith("reward.worker_format_share") and expected in line
 
 
 def test_an_offline_grader_needs_no_good_judge() -> None:

@@ -52,6 +52,7 @@ def test_good_servers(server: McpServerConfig) -> None:
         (McpServerConfig("python", max_attempts=0), f"{PATH}.max_attempts=0: must be at least 1"),
         (McpServerConfig("python", backoff_s=-1), f"{PATH}.backoff_s=-1: must be at least 0"),
         (McpServerConfig("python", breaker_failures=-1), f"{PATH}.breaker_failures=-1: must be"),
+        (McpServerConfig("python", outage_pattern="("), f"{PATH}.outage_pattern='(': no regular"),
         (McpServerConfig("python", breaker_reset_s=0), f"{PATH}.breaker_reset_s=0: must be gr"),
         (McpServerConfig("python", start_timeout_s=0), f"{PATH}.start_timeout_s=0: must be gr"),
         (McpServerConfig("python", call_timeout_s=-2), f"{PATH}.call_timeout_s=-2: must be gr"),

@@ -124,6 +124,21 @@ def test_infrastructure_failures_are_errors(
     with_box(tmp_path, {"a": rogue(env_from=["KEY"])}, body)
 
 
+def test_a_recipe_says_which_errors_of_a_server_are_outages(tmp_path: Path) -> None:
+    async def body(box: McpToolBox) -> None:
+        for tool, message in (("tool_error", "no such page"), ("refuse", "q is required")):
+            failed = f"{tool}: 2 attempts; the service behind it failed: {message}"
+            with pytest.raises(ToolError, match=failed):
+                await box.call("strict", tool, {})
+            assert (await box.call("plain", tool, {})).text.endswith(message)
+        # What the error only quotes does not count.
+        assert (await box.call("strict", "echo", {"text": "no such page"})).text == "no such page"
+
+    pattern = "no such page|is required"
+    strict = rogue(outage_pattern=pattern, max_attempts=2, backoff_s=0.01)
+    with_box(tmp_path, {"strict": strict, "plain": rogue()}, body)
+
+
 def test_a_query_that_speaks_of_outages_is_none() -> None:
     arguments = {"q": "fetch failed ECONNRESET", "hl": "en"}
     assert not is_outage("search for 'fetch failed ECONNRESET' failed: bad request", arguments)

@@ -92,6 +92,25 @@ def test_reward_of_a_planner_with_workers(
     assert total(replace(config, compat="reference"), answer, tree) == pytest.approx(reference)
 
 
+@pytest.mark.parametrize(
+    ("share", "workers", "expected"),
+    [
+        (-1.0, [HALF, [GOOD]], (0.0 + 0.5 + 1.0) / 3),
+        (0.0, [HALF, [GOOD]], 0.0),
+        (0.2, [HALF, [GOOD]], 0.2 * 0.75),
+        (1.0, [HALF, [GOOD]], 0.75),
+        (0.2, [], 0.0),
+    ],
+)
+def test_the_share_of_workers_in_the_format_score(
+    share: float, workers: list[list[str]], expected: float
+) -> None:
+    tree = [played(*BROKEN), *(played(*turns, role=Role.WORKER) for turns in workers)]
+    config = make_config()
+    config = replace(config, reward=replace(config.reward, worker_format_share=share))
+    assert total(config, "Bob", tree) == pytest.approx(0.1 * expected)
+
+
 @pytest.mark.parametrize("compat", ["corrected", "reference"])
 @pytest.mark.parametrize(
     ("answer", "turns", "expected"),

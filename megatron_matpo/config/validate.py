@@ -246,9 +246,8 @@ def _check_run(config: Config) -> Iterator[str]:
 
 def _check_parallel(config: Config) -> Iterator[str]:
     parallel, cluster = config.parallel, config.cluster
-    for name, size in (("context", parallel.context), ("expert", parallel.expert)):
-        if size > 1:
-            yield f"parallel.{name}={size}: only 1 is supported"
+    if parallel.expert > 1:
+        yield f"parallel.expert={parallel.expert}: only 1 is supported"
     if cluster.device == "cpu" and config.precision == "bf16":
         yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
 

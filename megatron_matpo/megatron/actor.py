@@ -144,7 +144,7 @@ class MegatronActor:
             )
             is_max = torch.tensor([name.endswith("/max") for name in names], device=values.device)
             sums, maxima = values.sum(dim=1), values.amax(dim=1)
-            if self._state.dp_size * self._state.cp_size > 1:
+            if self._state.num_holders > 1:
                 dist.all_reduce(sums, group=data_group())
                 dist.all_reduce(maxima, op=dist.ReduceOp.MAX, group=data_group())
             combined = torch.where(is_max, maxima, sums).tolist()

@@ -8,7 +8,7 @@ Order of a save: write into `step_N.tmp`, flush to disk, rename to `step_N`, rep
 only then delete what is older than `keep_last`. So at every moment `latest` names a complete
 checkpoint, whichever rank is killed when.
 
-Resuming in the same layout continues bit for bit. Another layout (TP, PP, DP) can load parameters
+Resuming in the same layout continues bit for bit. Any other (TP, PP, CP, DP) can load parameters
 and optimizer state too; random states then start from the seed.
 """
 
@@ -177,7 +177,12 @@ def _on_rank_0(state: ParallelState, action: Callable[[], Any], what: str) -> An
 
 def _layout(state: ParallelState) -> dict[str, int]:
     """What random states belong to."""
-    return {"tensor": state.tp_size, "pipeline": state.pp_size, "data": state.dp_size}
+    return {
+        "tensor": state.tp_size,
+        "pipeline": state.pp_size,
+        "context": state.cp_size,
+        "data": state.dp_size,
+    }
 
 
 def _identity(models: Sequence[Any]) -> dict[str, int]:

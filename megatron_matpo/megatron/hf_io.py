@@ -159,7 +159,7 @@ def iter_hf_tensors(
         state: this rank's position.
         dtype: convert on the way; None keeps the parameters' own.
     """
-    if state.dp_rank or state.cp_rank:
+    if not state.is_first_holder:
         return
     parameters: dict[str, Tensor] = dict(unwrap(models[0]).named_parameters())
     some = next(iter(parameters.values()))

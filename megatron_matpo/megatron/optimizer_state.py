@@ -75,7 +75,7 @@ def describe(
                 full = torch.empty(parameter.shape, dtype=torch.float32)
             else:
                 full = _collect(shard, kind, parameter, state)
-                if state.dp_rank:
+                if not state.is_first_holder:
                     continue
             # Layers share a key and differ in their place along an axis; names are unique.
             changes: dict[str, Any] = {"key": f"optimizer.{kind}.{base.key}", "data": full}
@@ -131,7 +131,7 @@ def _collect(shard: _Shard, kind: str, parameter: Tensor, state: ParallelState) 
     full = torch.zeros(parameter.numel(), dtype=torch.float32, device=state.device)
     if kind in shard.tensors:
         full[shard.start : shard.stop] = shard.tensors[kind].detach().view(-1)
-    if state.dp_size > 1:
+    if state.num_holders > 1:
         group = data_group()
         # As integers: a float sum would turn -0.0 into 0.0.
         dist.reduce(full.view(torch.int32), dst=dist.get_global_rank(group, 0), group=group)

@@ -50,6 +50,16 @@ class ParallelState:
         return self.pp_rank == self.pp_size - 1
 
     @property
+    def num_holders(self) -> int:
+        """Ranks with the same parameters as this one: the size of `data_group`."""
+        return self.dp_size * self.cp_size
+
+    @property
+    def is_first_holder(self) -> bool:
+        """The first of them: it speaks for all, where one is enough."""
+        return self.dp_rank == 0 and self.cp_rank == 0
+
+    @property
     def sample_multiple(self) -> int:
         """Context parallelism cuts every sample into this many equal chunks."""
         return 2 * self.cp_size if self.cp_size > 1 else 1
@@ -90,8 +100,6 @@ def _check(config: Config, world_size: int) -> None:
             f"{parallel.pipeline} x {parallel.context} x {parallel.data} = {parallel.world_size}, "
             f"but {world_size} trainer ranks were started"
         )
-    if parallel.context > 1:
-        raise ConfigError(f"parallel.context={parallel.context}: only 1 is supported")
     if parallel.expert > 1:
         raise ConfigError(
             f"parallel.expert={parallel.expert}: the supported models are dense; use 1"

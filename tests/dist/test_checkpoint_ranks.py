@@ -36,7 +36,7 @@ def run(
     return ranks.run(train_and_save, world_size, config, BATCHES, folder, until)
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"cp": 2}, {"dp": 2}], ids=str)
 def test_resume_is_bit_exact(ranks, model_folder, tmp_path, layout):
     config = tiny_config(model_folder, **layout)
     straight = run(ranks, config, tmp_path / "straight", 4)

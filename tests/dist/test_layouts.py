@@ -3,11 +3,12 @@
 Proved here, on gloo and in float32, for tied and untied embeddings and a vocabulary that tensor
 parallelism has to pad: log-probs, entropies and gradients against transformers; losses, gradient
 norms, metrics and weights after three updates against the single process; bit-exact round trips of
-the weights. Not proved: bf16, NCCL, Transformer Engine, context parallelism.
+the weights. Not proved: bf16, NCCL, Transformer Engine.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ BATCHES = [
     make_batch((4, 12), 2),
     make_batch((1, 23), 3),
 ]
-# (tp, pp, dp); the first is the one that the others are compared with.
-LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2)]
+# (tp, pp, cp, dp); the first is the one that the others are compared with.
+LAYOUTS = [
+    *((1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 1, 2), (2, 2, 1, 1), (2, 1, 1, 2)),
+    *((1, 1, 2, 1), (1, 2, 2, 1)),
+]
 
 
 @pytest.fixture(scope="session", params=["untied", "tied"])
@@ -47,12 +51,12 @@ def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
 @pytest.fixture(scope="session")
 def stories(
     model_folder: Path, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[int, int, int], list[dict[str, Any]]]:
+) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     result = {}
-    for tp, pp, dp in LAYOUTS:
-        config = tiny_config(model_folder, tp=tp, pp=pp, dp=dp)
+    for layout in LAYOUTS:
+        config = tiny_config(model_folder, **dict(zip(("tp", "pp", "cp", "dp"), layout, strict=True)))
         saved = tmp_path_factory.mktemp("saved") / "hf"
-        result[tp, pp, dp] = ranks.run(whole_story, tp * pp * dp, config, BATCHES, saved)
+        result[layout] = ranks.run(whole_story, math.prod(layout), config, BATCHES, saved)
     return result
 
 
@@ -74,7 +78,7 @@ def test_logprobs_and_entropies_are_those_of_transformers(stories, model_folder,
     expected = reference_logprobs(model_folder, BATCHES)
     for story in stories[layout]:
         for (logprobs, entropy), (want, want_entropy) in zip(
-            story["scores"], expected[story["dp_rank"] :: layout[2]], strict=True
+            story["scores"], expected[story["dp_rank"] :: layout[3]], strict=True
         ):
             torch.testing.assert_close(logprobs.double(), want, rtol=1e-5, atol=1e-5)
             torch.testing.assert_close(entropy.double(), want_entropy, rtol=1e-5, atol=1e-5)

@@ -64,9 +64,15 @@ PACKINGS = {
 }
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize(
-    "layout", [{}, {"dp": 2}, {"tp": 2}, {"pp": 2}], ids=lambda sizes: str(sizes)
+    ("packing", "layout"),
+    [
+        *((packing, layout) for packing in PACKINGS for layout in ({}, {"dp": 2}, {"cp": 2})),
+        *(("three", layout) for layout in ({"tp": 2}, {"pp": 2})),
+        *(("three", {"cp": 2, size: 2}) for size in ("tp", "pp", "dp")),
+        ("one", {"cp": 4}),
+    ],
+    ids=str,
 )
 def test_neither_packing_nor_layout_matters(ranks, model_folder, from_transformers, packing, layout):
     """Loss and gradients are those of transformers, each sample alone.
@@ -132,7 +138,7 @@ def learned_alone(ranks: RankPool, model_folder: Path) -> list[list[dict[str, fl
     return ranks.run(learned, 1, learner_configs(model_folder), EPISODES)[0]
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"cp": 2}, {"dp": 2}], ids=str)
 def test_a_learner_step_does_not_depend_on_the_layout(
     ranks: RankPool, model_folder, learned_alone, layout
 ):

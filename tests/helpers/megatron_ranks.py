@@ -92,11 +92,11 @@ def grads(
     model.zero_grad_buffer()
     forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
     group = data_group()
-    for buffer in model.buffers:
-        # Each data-parallel rank has reduced its shard only.
-        shards = [shard.clone() for shard in buffer.grad_data.chunk(group.size())]
+    for bucket in (bucket for buffer in model.buffers for bucket in buffer.buckets):
+        # Each data-parallel rank has reduced its shard only; tied embeddings are a bucket apart.
+        shards = [shard.clone() for shard in bucket.grad_data.chunk(group.size())]
         dist.all_gather(shards, shards[group.rank()].clone(), group=group)
-        buffer.grad_data.copy_(torch.cat(shards))
+        bucket.grad_data.copy_(torch.cat(shards))
     kept = [p.detach().clone() for p in model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():

@@ -47,12 +47,12 @@ def make_tiny_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
 
 
 def tiny_config(
-    folder: Path | str, *, tp: int = 1, pp: int = 1, dp: int = 1, **train: Any
+    folder: Path | str, *, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, **train: Any
 ) -> Config:
     """fp32 on the CPU; Adam's epsilon is large so that rounding is not amplified by 1 / |g|."""
     return Config(
         model=ModelConfig(path=str(folder)),
-        parallel=ParallelConfig(tensor=tp, pipeline=pp, data=dp),
+        parallel=ParallelConfig(tensor=tp, pipeline=pp, context=cp, data=dp),
         optim=OptimConfig(lr=1e-3, eps=1e-3, clip_grad=0.5, warmup_steps=2),
         train=TrainConfig(**{"timeout_s": 60.0, **train}),
     )

@@ -155,7 +155,6 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
         ("rollout.top_p=0", "must be greater than 0 and at most 1"),
         ("rollout.top_k=0", "-1 (off) or at least 1"),
         ("rollout.max_staleness=1", "only 0 (synchronous"),
-        ("parallel.context=2", "only 1 is supported"),
         ("parallel.expert=2", "only 1 is supported"),
         ("run.name=../x", "a folder name of letters"),
     ],

@@ -148,17 +148,15 @@ def test_a_folder_without_its_tensors_is_refused(folder, state, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"parallel": ParallelConfig(context=2)}, "parallel.context=2"),
         ({"parallel": ParallelConfig(expert=2)}, "parallel.expert=2"),
         ({"parallel": ParallelConfig(data=2)}, "= 2, but 1 trainer ranks"),
     ],
-    ids=["context", "expert", "world"],
+    ids=["expert", "world"],
 )
 def test_what_the_platform_cannot_do_is_refused(folder, changes, expected):
     config = dataclasses.replace(tiny_config(folder), **changes)
-    world_size = 2 if "context" in expected else 1
     with pytest.raises(ConfigError, match=expected):
-        init_parallel(config, rank=0, world_size=world_size, master_port=1)
+        init_parallel(config, rank=0, world_size=1, master_port=1)
 
 
 def test_warm_up_is_linear_and_then_constant():

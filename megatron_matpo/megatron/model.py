@@ -145,9 +145,10 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     problems = check_layout(hf, config.parallel)
     if problems:
         raise ConfigError("\n".join(problems))
+    spec = _layer_spec(state)  # first: it says what is missing
     model = PolicyModel(
         transformer_config(config, hf, state),
-        _layer_spec(state),
+        spec,
         vocab_size=padded_vocab_size(hf, state.tp_size),
         max_sequence_length=hf.max_positions,
         pre_process=state.is_first_stage,

@@ -50,6 +50,7 @@ _AT_LEAST: dict[str, float] = {
     "cluster.gpus_per_node": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.virtual": 1,
     "parallel.context": 1,
     "parallel.expert": 1,
     "parallel.data": 1,
@@ -246,9 +247,8 @@ def _check_run(config: Config) -> Iterator[str]:
 
 def _check_parallel(config: Config) -> Iterator[str]:
     parallel, cluster = config.parallel, config.cluster
-    for name, size in (("context", parallel.context), ("expert", parallel.expert)):
-        if size > 1:
-            yield f"parallel.{name}={size}: only 1 is supported"
+    if parallel.context > 1:
+        yield f"parallel.context={parallel.context}: only 1 is supported"
     if cluster.device == "cpu" and config.precision == "bf16":
         yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
 

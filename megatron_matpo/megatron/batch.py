@@ -55,8 +55,10 @@ class MicroBatch:
         return dataclasses.replace(self, **moved)
 
 
-def empty_micro_batch(device: torch.device | None = None) -> MicroBatch:
-    """One untrained token: evens out the number of micro-batches of data-parallel ranks."""
-    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
-    zeros = torch.zeros(1, 1, device=device)
-    return MicroBatch(ids, ids, ids, zeros, zeros, zeros, zeros, zeros, zeros)
+def empty_micro_batch(device: torch.device | None = None, num_tokens: int = 1) -> MicroBatch:
+    """Untrained tokens: evens out the number of micro-batches of data-parallel ranks."""
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=device)
+    positions = torch.arange(num_tokens, device=device).unsqueeze(0)
+    zeros = torch.zeros(1, num_tokens, device=device)
+    worker = torch.zeros(1, 1, device=device)
+    return MicroBatch(ids, ids, positions, zeros, zeros, zeros, zeros, zeros, worker)

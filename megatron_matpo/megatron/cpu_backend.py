@@ -19,6 +19,8 @@ What each part is for (lines of Megatron-Core 0.16.1):
 * `cuda` random state and `manual_seed`: `tensor_parallel/random.py:235-238,422`;
 * `_get_cuda_rng_state`, `_set_cuda_rng_state`: `tensor_parallel/random.py:41-110` call into the
   CUDA runtime itself;
+* `te_general_gemm`: `moe_utils.py:1192` asks whether it is None where Transformer Engine is absent,
+  and nothing has defined it (`moe_utils.py:21-38`);
 * `Tensor.type`: `distrib_optimizer.py:361,420,582`, `clip_grads.py:167`, `optimizer.py:671-690`;
 * `Tensor.cuda`: `language_module.py:244`, `distrib_optimizer.py:1089`, `exchange_utils.py:336`.
 """
@@ -186,3 +188,6 @@ def install() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    experts = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(experts, "te_general_gemm"):
+        experts.te_general_gemm = None  # type: ignore[attr-defined]

@@ -22,18 +22,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.layer_spec import block_spec, family_settings
 from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
+from megatron_matpo.megatron.rope import inverse_frequencies
 
 
 class CausalAttention(nn.Module):
@@ -47,6 +45,7 @@ class CausalAttention(nn.Module):
         """Take what Megatron's `Attention` passes to its core; most of it is unused."""
         super().__init__()
         self._scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
+        self._window = config.window_size
 
     def forward(
         self,
@@ -60,11 +59,16 @@ class CausalAttention(nn.Module):
     ) -> Tensor:
         """[s, b, heads/tp, d] and [s, b, kv_heads/tp, d] twice -> [s, b, heads/tp * d]."""
         assert attention_bias is None and packed_seq_params is None, "rectangular batches only"
+        mask = None
+        if self._window is not None:
+            ones = torch.ones(query.shape[0], query.shape[0], dtype=torch.bool, device=query.device)
+            mask = ones.tril().triu(-self._window[0])
         output = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            is_causal=True,
+            attn_mask=mask,
+            is_causal=mask is None,
             scale=self._scale,
             enable_gqa=query.shape[2] != key.shape[2],
         )
@@ -79,8 +83,15 @@ class PolicyModel(GPTModel):
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[s, b, h]; after the final norm on the last stage."""
-        return hidden_states
+        """[s, b, h], after the final norm, at the end of the model; before it [s/tp, b, h] or all.
+
+        Sequence parallelism ends here: any row may be chosen next. All tensor-parallel ranks go on
+        with the same rows and sum the gradient of these in the output layer, so that the gradient
+        that arrives here is the same on all, and each rank takes its part of it.
+        """
+        if not (self.post_process and self.config.sequence_parallel):
+            return hidden_states
+        return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, V/tp]. Last stage only; its tensor-parallel ranks call together."""
@@ -119,11 +130,15 @@ def transformer_config(
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_eps,
-        qk_layernorm=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=state.tp_size,
         pipeline_model_parallel_size=state.pp_size,
+        virtual_pipeline_model_parallel_size=state.vp_size if state.vp_size > 1 else None,
+        sequence_parallel=config.parallel.splits_sequence,
+        expert_model_parallel_size=state.ep_size,
+        # Experts are whole; Megatron would take the tensor-parallel size.
+        expert_tensor_parallel_size=1,
         context_parallel_size=state.cp_size,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -144,31 +159,12 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         cuda_graph_impl="none",
+        **family_settings(hf, on_cpu),
     )
 
 
-def _layer_spec(state: ParallelState) -> ModuleSpec:
-    """Local modules on CPU, Transformer Engine's on GPU.
-
-    Raises:
-        ConfigError: on a GPU without Transformer Engine.
-    """
-    if state.device.type == "cpu":
-        spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-        spec.submodules.self_attention.submodules.core_attention = CausalAttention
-        return spec
-    try:
-        import transformer_engine.pytorch  # noqa: F401  (only whether it is there)
-    except ImportError as error:
-        raise ConfigError(
-            "cluster.gpus_per_node > 0 needs Transformer Engine in the trainer's environment "
-            f"(import failed: {error}); use the project's image, or cluster.gpus_per_node=0"
-        ) from error
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-
-
 def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list[PolicyModel]:
-    """This rank's stage of the model, with uninitialised weights; a list of one chunk.
+    """This rank's chunks of the model, first layers first, with uninitialised weights.
 
     Every trainer rank calls; stages with tied embeddings communicate.
 
@@ -178,21 +174,55 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     problems = check_layout(hf, config.parallel)
     if problems:
         raise ConfigError("\n".join(problems))
+    megatron = transformer_config(config, hf, state)
+    return [_build_chunk(config, hf, state, megatron, chunk) for chunk in range(state.vp_size)]
+
+
+def _build_chunk(
+    config: Config,
+    hf: HfModelConfig,
+    state: ParallelState,
+    megatron: TransformerConfig,
+    chunk: int,
+) -> PolicyModel:
+    """One chunk of this rank's stage."""
+    vp_stage = chunk if state.vp_size > 1 else None
     model = PolicyModel(
-        transformer_config(config, hf, state),
-        _layer_spec(state),
+        megatron,
+        # Takes the layers themselves, too, though annotated otherwise.
+        block_spec(megatron, hf, state, vp_stage, CausalAttention),  # type: ignore[arg-type]
         vocab_size=padded_vocab_size(hf, state.tp_size),
         max_sequence_length=hf.max_positions,
-        pre_process=state.is_first_stage,
-        post_process=state.is_last_stage,
+        pre_process=state.is_first_stage and chunk == 0,
+        post_process=state.is_last_stage and chunk == state.vp_size - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=hf.rope_theta,  # type: ignore[arg-type]  (Megatron divides by a power of it)
+        vp_stage=vp_stage,
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(state.device)
+    if model.post_process and megatron.sequence_parallel:
+        # It gets chosen rows of the whole sequence, the same on all ranks; see `_postprocess`.
+        model.output_layer.sequence_parallel = False
+        model.output_layer.allreduce_dgrad = True
+    _mark_experts(model)
     # The local spec's norms ignore params_dtype.
-    model = model.to(device=state.device, dtype=resolve_precision(config))
-    return [model]
+    return model.to(device=state.device, dtype=resolve_precision(config))
+
+
+def _mark_experts(model: PolicyModel) -> None:
+    """Reduce experts' gradients over their own replicas, whatever the layout.
+
+    Experts are not split by tensor parallelism, so the tensor-parallel ranks of a stage hold
+    different experts or, with fewer expert-parallel ranks, replicas that see different tokens.
+    Megatron marks them only if `expert_model_parallel_size` is above 1 (`layers.py:880`).
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # Every rank's part counts in the gradient norm.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def wrap_ddp(config: Config, models: list[PolicyModel]) -> list[DistributedDataParallel]:

@@ -21,7 +21,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_matpo.config import Config
-from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.batch import MicroBatch, empty_micro_batch
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
 from megatron_matpo.megatron.model import PolicyModel, unwrap
 from megatron_matpo.megatron.parallel import ParallelState, pipeline_group, tensor_group
@@ -81,6 +81,11 @@ def micro_batch_logprobs(
     )
 
 
+def _multiple(config: Config) -> int:
+    """What the length of every micro-batch is a multiple of."""
+    return config.parallel.tensor if config.parallel.splits_sequence else 1
+
+
 class _Pass:
     """One pass of the schedule over the micro-batches of this data-parallel rank."""
 
@@ -94,17 +99,24 @@ class _Pass:
     ) -> None:
         assert micro_batches, "a pass needs at least one micro-batch; use empty_micro_batch()"
         self._models = list(models)
-        self._batches = [batch.to(state.device) for batch in micro_batches]
+        self._num_real = len(micro_batches)
+        padding = [empty_micro_batch(num_tokens=_multiple(config))] * self._num_padding(state)
+        self._batches = [batch.to(state.device) for batch in (*micro_batches, *padding)]
         self._state, self._config, self._vocab_size = state, config, vocab_size
+
+    def _num_padding(self, state: ParallelState) -> int:
+        """Micro-batches to add: the interleaved schedule goes round in groups, one per stage."""
+        return -self._num_real % state.pp_size if state.vp_size > 1 else 0
 
     def run(self, loss_fn: LossFn | None) -> list[Any]:
         """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`."""
         first = self._batches[0]
         for model in self._models:
             unwrap(model).config.finalize_model_grads_func = _sum_grads
-        return get_forward_backward_func()(
+        iterators = [iter(self._batches) for _ in self._models]
+        results = get_forward_backward_func()(
             forward_step_func=self._forward_step(loss_fn),
-            data_iterator=iter(self._batches),
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._models,
             num_microbatches=len(self._batches),
             # Read only where all micro-batches have one shape; see variable_seq_lengths.
@@ -113,15 +125,17 @@ class _Pass:
             forward_only=loss_fn is None,
             collect_non_loss_data=loss_fn is None,
         )
+        return results[: self._num_real]
 
     def _forward_step(self, loss_fn: LossFn | None) -> Callable[..., Any]:
         def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
             batch = next(batches)
             hidden = model(batch.input_ids, batch.position_ids, None)
-            if not self._state.is_last_stage:
+            chunk = unwrap(model)
+            if not chunk.post_process:
                 return hidden, None
             logprobs, entropy = micro_batch_logprobs(
-                unwrap(model), hidden, batch, self._config, self._vocab_size
+                chunk, hidden, batch, self._config, self._vocab_size
             )
 
             def finish(_: Tensor, non_loss_data: bool = False) -> Any:

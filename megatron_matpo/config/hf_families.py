@@ -6,6 +6,7 @@ change and the trainer does not implement is listed here with its only accepted 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +25,7 @@ class Family:
     is_moe: bool = False
     has_sliding_window: bool = False
     """All layers attend to the last `sliding_window` tokens unless that is null."""
-    only: dict[str, Any] = field(default_factory=dict)
+    only: Mapping[str, object] = field(default_factory=dict[str, object])
     """Settings and the one value of each that is implemented, which is also the default."""
 
 
@@ -70,7 +71,9 @@ def family_problems(family: Family, raw: dict[str, Any]) -> list[str]:
     if raw.get("quantization_config"):
         problems.append("quantization_config (only weights in bf16, fp16 or fp32)")
     if family.is_moe and raw.get("norm_topk_prob") and raw.get("num_experts_per_tok") == 1:
-        problems.append("norm_topk_prob=True with num_experts_per_tok=1 (a router without gradient)")
+        problems.append(
+            "norm_topk_prob=True with num_experts_per_tok=1 (a router without gradient)"
+        )
     return problems
 
 

@@ -29,6 +29,7 @@ from megatron_matpo.config.hf_rope import RopeScaling, read_scaling, rope_fields
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import ConfigError
 
+
 @dataclass(frozen=True)
 class HfModelConfig:
     """What the trainer needs to know from `config.json` of a decoder."""
@@ -221,12 +222,10 @@ def _expert_problems(hf: HfModelConfig, parallel: ParallelConfig) -> Iterator[st
         if parallel.expert > 1:
             yield f"parallel.expert={parallel.expert}: {name} is dense; allowed: 1"
         return
-    ranks = parallel.tensor * parallel.context * parallel.data
-    if hf.moe.num_experts % parallel.expert or ranks % parallel.expert:
+    if hf.moe.num_experts % parallel.expert:
         yield (
-            f"parallel.expert={parallel.expert}: must divide {hf.moe.num_experts} experts of "
-            f"{name} and tensor x context x data = {ranks}; allowed: "
-            f"{_divisors(hf.moe.num_experts, ranks)}"
+            f"parallel.expert={parallel.expert}: does not divide {hf.moe.num_experts} experts of "
+            f"{name}; allowed: {_divisors(hf.moe.num_experts)}"
         )
     if parallel.tensor > 1 and not parallel.sequence:
         yield (

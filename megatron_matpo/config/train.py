@@ -34,7 +34,12 @@ class ParallelConfig:
     @property
     def world_size(self) -> int:
         """Number of trainer ranks (expert parallelism lies inside the others)."""
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.pipeline * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage, over all replicas."""
+        return self.tensor * self.context * self.data
 
     @property
     def splits_sequence(self) -> bool:

@@ -249,6 +249,12 @@ def _check_parallel(config: Config) -> Iterator[str]:
     parallel, cluster = config.parallel, config.cluster
     if parallel.context > 1:
         yield f"parallel.context={parallel.context}: only 1 is supported"
+    # Values below 1 have a line of their own.
+    if parallel.stage_size % max(parallel.expert, 1):
+        yield (
+            f"parallel.expert={parallel.expert}: must divide tensor x context x data = "
+            f"{parallel.stage_size}"
+        )
     if cluster.device == "cpu" and config.precision == "bf16":
         yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
 

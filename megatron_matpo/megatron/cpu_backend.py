@@ -21,6 +21,8 @@ What each part is for (lines of Megatron-Core 0.16.1):
   CUDA runtime itself;
 * `te_general_gemm`: `moe_utils.py:1192` asks whether it is None where Transformer Engine is absent,
   and nothing has defined it (`moe_utils.py:21-38`);
+* `maybe_move_tensor_to_cpu`: `token_dispatcher.py:879` wants numbers of tokens as an array, and gets
+  one only from a tensor of a GPU;
 * `Tensor.type`: `distrib_optimizer.py:361,420,582`, `clip_grads.py:167`, `optimizer.py:671-690`;
 * `Tensor.cuda`: `language_module.py:244`, `distrib_optimizer.py:1089`, `exchange_utils.py:336`.
 """
@@ -91,6 +93,11 @@ def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(new_state)
+
+
+def _move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron's function of another name does with a tensor of a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _stand_in(real: types.ModuleType, overrides: dict[str, Any]) -> types.ModuleType:
@@ -191,3 +198,5 @@ def install() -> None:
     experts = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(experts, "te_general_gemm"):
         experts.te_general_gemm = None  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _move_to_host  # type: ignore[attr-defined]

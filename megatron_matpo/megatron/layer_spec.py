@@ -1,6 +1,4 @@
-"""The modules that a stage of the model is built of: Megatron's own on CPU, Transformer Engine's on
-GPU, one spec per layer.
-"""
+"""The modules of a stage, layer by layer: Megatron's own on CPU, Transformer Engine's on GPU."""
 
 from __future__ import annotations
 
@@ -89,7 +87,8 @@ def block_spec(
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     count = get_num_layers_to_build(config, vp_stage=vp_stage)
     specs = [
-        build(hf, hf.is_moe_layer(layer), local_attention) for layer in range(offset, offset + count)
+        build(hf, hf.is_moe_layer(layer), local_attention)
+        for layer in range(offset, offset + count)
     ]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=layer_norm)
 

@@ -138,9 +138,7 @@ def local_part(rule: Placed, read: Slicer, hf: HfModelConfig, tp_rank: int, tp_s
             return _qkv_part(rule, read, hf, tp_rank, tp_size)
 
 
-def _qkv_part(
-    rule: Placed, read: Slicer, hf: HfModelConfig, tp_rank: int, tp_size: int
-) -> Tensor:
+def _qkv_part(rule: Placed, read: Slicer, hf: HfModelConfig, tp_rank: int, tp_size: int) -> Tensor:
     """An equal share of the rows of all groups; it may begin or end inside a group.
 
     Source: Megatron-Core 0.16.1, `attention.py:1390` (a rank's rows are gathered again where there

@@ -91,7 +91,9 @@ class PolicyModel(GPTModel):
         """
         if not (self.post_process and self.config.sequence_parallel):
             return hidden_states
-        return gather_from_sequence_parallel_region(hidden_states, tensor_parallel_output_grad=False)
+        return gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, V/tp]. Last stage only; its tensor-parallel ranks call together."""

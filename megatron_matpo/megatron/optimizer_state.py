@@ -8,8 +8,8 @@ parameter is treated on its own:
 
 * fp32 parameter and both moments get the parameter's shape, sharding and (prefixed) key, so that
   another layout can load them;
-* a save sums the data-parallel ranks' shards as integers, which is exact, on the first of them (of
-  those that hold the same experts, for an expert's); a load reads the whole and keeps the own shard;
+* a save sums the data-parallel ranks' shards as integers, which is exact, on the first of them (for
+  an expert: of the ranks that hold it); a load reads the whole and keeps the own shard;
 * tensors pass through host memory one at a time on GPUs; the first data-parallel rank holds all of
   its stage's state there until it is written.
 """

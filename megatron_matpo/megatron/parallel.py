@@ -89,10 +89,10 @@ def _check(config: Config, world_size: int) -> None:
         )
     if parallel.context > 1:
         raise ConfigError(f"parallel.context={parallel.context}: only 1 is supported")
-    ranks = parallel.tensor * parallel.context * parallel.data
-    if ranks % parallel.expert:
+    if parallel.stage_size % parallel.expert:
         raise ConfigError(
-            f"parallel.expert={parallel.expert}: must divide tensor x context x data = {ranks}"
+            f"parallel.expert={parallel.expert}: must divide tensor x context x data = "
+            f"{parallel.stage_size}"
         )
 
 

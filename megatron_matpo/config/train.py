@@ -22,7 +22,8 @@ class ParallelConfig:
     tensor: int = 1
     pipeline: int = 1
     virtual: int = 1
-    """Chunks of layers per pipeline stage (Megatron's interleaved schedule)."""
+    """Chunks of layers per pipeline stage (Megatron's interleaved schedule). Above 1, all micro-
+    batches of an update are padded to one shape."""
     context: int = 1
     expert: int = 1
     """Ranks that share the experts of a layer; lies inside tensor x context x data."""

@@ -21,8 +21,8 @@ What each part is for (lines of Megatron-Core 0.16.1):
   CUDA runtime itself;
 * `te_general_gemm`: `moe_utils.py:1192` asks whether it is None where Transformer Engine is absent,
   and nothing has defined it (`moe_utils.py:21-38`);
-* `maybe_move_tensor_to_cpu`: `token_dispatcher.py:879` wants numbers of tokens as an array, and gets
-  one only from a tensor of a GPU;
+* `maybe_move_tensor_to_cpu`: `token_dispatcher.py:879` wants numbers of tokens as an array, which
+  only a tensor of a GPU becomes;
 * `Tensor.type`: `distrib_optimizer.py:361,420,582`, `clip_grads.py:167`, `optimizer.py:671-690`;
 * `Tensor.cuda`: `language_module.py:244`, `distrib_optimizer.py:1089`, `exchange_utils.py:336`.
 """

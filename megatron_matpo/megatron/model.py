@@ -152,8 +152,13 @@ def transformer_config(
         use_cpu_initialization=False,
         calculate_per_token_loss=True,
         # Micro-batches differ in length. Megatron refuses that under pipeline parallelism unless
-        # the dispatcher of a mixture of experts is `alltoall`, also for a dense model.
-        variable_seq_lengths=state.pp_size > 1,
+        # the dispatcher of a mixture of experts is `alltoall`, also for a dense model. Not with
+        # chunks: shapes are exchanged before the tensors, both ways at once, which deadlocks where
+        # a send waits for its receiver (`p2p_communication.py:205-238`); see `schedule.py`.
+        variable_seq_lengths=state.pp_size > 1 and state.vp_size == 1,
+        # With two stages a batch of sends and receives mixes up the two directions; Megatron's
+        # other way has a process group for each.
+        batch_p2p_comm=state.vp_size == 1,
         moe_token_dispatcher_type="alltoall",
         # The fused kernels need Apex or a compiler; on a CPU they only cost start-up time.
         bias_activation_fusion=not on_cpu,

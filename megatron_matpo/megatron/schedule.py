@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -102,6 +103,8 @@ class _Pass:
         self._num_real = len(micro_batches)
         padding = [empty_micro_batch(num_tokens=_multiple(config))] * self._num_padding(state)
         self._batches = [batch.to(state.device) for batch in (*micro_batches, *padding)]
+        shapes = [batch.input_ids.shape for batch in self._batches]
+        self._rows, self._width = (max(shape[dim] for shape in shapes) for dim in (0, 1))
         self._state, self._config, self._vocab_size = state, config, vocab_size
 
     def _num_padding(self, state: ParallelState) -> int:
@@ -110,7 +113,6 @@ class _Pass:
 
     def run(self, loss_fn: LossFn | None) -> list[Any]:
         """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`."""
-        first = self._batches[0]
         for model in self._models:
             unwrap(model).config.finalize_model_grads_func = _sum_grads
         iterators = [iter(self._batches) for _ in self._models]
@@ -120,20 +122,28 @@ class _Pass:
             model=self._models,
             num_microbatches=len(self._batches),
             # Read only where all micro-batches have one shape; see variable_seq_lengths.
-            seq_length=first.input_ids.shape[1],
-            micro_batch_size=first.input_ids.shape[0],
+            seq_length=self._width,
+            micro_batch_size=self._rows,
             forward_only=loss_fn is None,
             collect_non_loss_data=loss_fn is None,
         )
         return results[: self._num_real]
 
+    def _padded(self, tokens: Tensor) -> Tensor:
+        """[b, s] -> the largest [b, s] of the pass with chunks, which exchange one shape only."""
+        if len(self._models) == 1:
+            return tokens
+        rows, width = tokens.shape
+        return F.pad(tokens, (0, self._width - width, 0, self._rows - rows))
+
     def _forward_step(self, loss_fn: LossFn | None) -> Callable[..., Any]:
         def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Any]:
             batch = next(batches)
-            hidden = model(batch.input_ids, batch.position_ids, None)
+            hidden = model(self._padded(batch.input_ids), self._padded(batch.position_ids), None)
             chunk = unwrap(model)
             if not chunk.post_process:
                 return hidden, None
+            hidden = hidden[: batch.labels.shape[1], : batch.labels.shape[0]]
             logprobs, entropy = micro_batch_logprobs(
                 chunk, hidden, batch, self._config, self._vocab_size
             )

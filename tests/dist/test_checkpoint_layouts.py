@@ -22,7 +22,6 @@ from tests.helpers.tiny import make_batch, tiny_config
 pytestmark = pytest.mark.dist
 
 BATCHES = [make_batch((3, 12), 0), make_batch((2, 8), 1)]
-# Dense: chunks, and key/value heads that four ranks share. Experts: in some layers only.
 MOVES = {
     "qwen2": (
         ParallelConfig(pipeline=2, virtual=2),
@@ -38,8 +37,10 @@ MOVES = {
 def run(
     ranks: RankPool, model: Path, layout: ParallelConfig, folder: Path, until: int
 ) -> list[dict[str, Any]]:
-    config = replace(tiny_config(model), parallel=layout)
-    return ranks.run(train_and_save, layout.world_size, config, BATCHES, folder, until)
+    config = replace(tiny_config(model, timeout_s=200.0), parallel=layout)
+    return ranks.run(
+        train_and_save, layout.world_size, config, BATCHES, folder, until, timeout_s=300.0
+    )
 
 
 @pytest.mark.parametrize("family", MOVES)

@@ -43,7 +43,8 @@ DENSE = {
     "tp4": ParallelConfig(tensor=4),
     "pp2": ParallelConfig(pipeline=2),
     "tp2 pp2 sequence": ParallelConfig(tensor=2, pipeline=2, sequence=True),
-    "tp4 pp2 virtual2": ParallelConfig(tensor=4, pipeline=2, virtual=2),
+    "pp2 virtual2": ParallelConfig(pipeline=2, virtual=2),
+    "tp4 pp2": ParallelConfig(tensor=4, pipeline=2),
 }
 EXPERTS = {
     "dp2 ep2": ParallelConfig(data=2, expert=2),
@@ -73,6 +74,12 @@ class Oracle:
     single: dict[str, Any]
 
 
+def run(ranks: RankPool, folder: Path, layout: ParallelConfig) -> list[dict[str, Any]]:
+    """`short_story` of every rank; up to eight of them may have to be started first."""
+    config = replace(tiny_config(folder, timeout_s=200.0), parallel=layout)
+    return ranks.run(short_story, layout.world_size, config, BATCHES, timeout_s=300.0)
+
+
 @pytest.fixture(scope="module")
 def oracles(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory):
     made: dict[tuple[str, int], Oracle] = {}
@@ -81,7 +88,7 @@ def oracles(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory):
         if (family, seed) not in made:
             folder = tmp_path_factory.mktemp(family) / "model"
             write_model(random_config(family, seed), folder, seed)
-            (single,) = ranks.run(short_story, 1, tiny_config(folder), BATCHES)
+            (single,) = run(ranks, folder, ParallelConfig())
             made[family, seed] = Oracle(
                 folder,
                 reference_logprobs(folder, BATCHES),
@@ -137,8 +144,7 @@ def test_one_process_computes_what_transformers_computes(oracles, family, seed):
 @pytest.mark.parametrize(("family", "seed", "layout"), CASES)
 def test_every_layout_computes_and_trains_the_same(ranks, oracles, family, seed, layout):
     oracle = oracles(family, seed)
-    config = replace(tiny_config(oracle.folder), parallel=layout)
-    stories = ranks.run(short_story, layout.world_size, config, BATCHES)
+    stories = run(ranks, oracle.folder, layout)
     check_against_transformers(stories[0], oracle)
     for story in stories:
         check_scores(story, oracle, layout.data)

@@ -155,7 +155,7 @@ def test_a_folder_without_its_tensors_is_refused(folder, state, tmp_path):
 )
 def test_what_the_platform_cannot_do_is_refused(folder, changes, expected):
     config = dataclasses.replace(tiny_config(folder), **changes)
-    world_size = 2 if "context" in expected else 1
+    world_size = 2 if "parallel.context" in expected else 1
     with pytest.raises(ConfigError, match=expected):
         init_parallel(config, rank=0, world_size=world_size, master_port=1)
 

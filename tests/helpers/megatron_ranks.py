@@ -93,10 +93,13 @@ def grads(
         model.zero_grad_buffer()
     forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
     for model in actor._models:
+        # Tied embeddings on two stages have a bucket of their own, which is sharded by itself.
         for buffer in model.buffers:
-            _complete(buffer.grad_data, data_group())
+            for bucket in buffer.buckets:
+                _complete(bucket.grad_data, data_group())
         for buffer in model.expert_parallel_buffers:
-            _complete(buffer.grad_data, expert_data_group())
+            for bucket in buffer.buckets:
+                _complete(bucket.grad_data, expert_data_group())
     parameters = [p for model in actor._models for p in model.parameters()]
     kept = [p.detach().clone() for p in parameters]
     with torch.no_grad():

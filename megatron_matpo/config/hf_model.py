@@ -2,7 +2,7 @@
 
 Invariants:
 
-* only architectures whose every parameter `megatron.mapping` knows are accepted;
+* only architectures whose every parameter `megatron.families` knows are accepted;
 * settings of `config.json` that would change the mathematics and that the trainer does not
   implement are refused, never ignored.
 """
@@ -10,19 +10,29 @@ Invariants:
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from megatron_matpo.config.hf_families import (
+    FAMILIES,
+    SUPPORTED_ARCHITECTURES,
+    Family,
+    MoeShape,
+    family_problems,
+    num_experts,
+    read_moe,
+    read_window,
+)
+from megatron_matpo.config.hf_rope import RopeScaling, read_scaling, rope_fields, rope_problems
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import ConfigError
-
-SUPPORTED_ARCHITECTURES = ("Qwen3ForCausalLM",)
 
 
 @dataclass(frozen=True)
 class HfModelConfig:
-    """What the trainer needs to know from `config.json` of a dense decoder."""
+    """What the trainer needs to know from `config.json` of a decoder."""
 
     folder: str
     architecture: str
@@ -32,6 +42,7 @@ class HfModelConfig:
     num_kv_heads: int
     head_dim: int
     ffn_size: int
+    """Of dense layers; experts have their own."""
     vocab_size: int
     """Rows of the embedding in the folder; the trainer pads to a multiple of `parallel.tensor`."""
     rope_theta: float
@@ -39,6 +50,13 @@ class HfModelConfig:
     tie_word_embeddings: bool
     max_positions: int
     eos_token_ids: tuple[int, ...]
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    """Tokens that a token attends to, itself included; None for all before it."""
+    rope_scaling: RopeScaling | None = None
+    moe: MoeShape | None = None
+    """Layers with experts; None for a dense model."""
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> HfModelConfig:
@@ -61,38 +79,34 @@ class HfModelConfig:
         if not isinstance(raw, dict):
             raise ConfigError(f"{file}: expected a JSON object")
         fields = cast(dict[str, Any], raw)
-        _check_supported(fields, file)
-        return cls(folder=str(folder), **_read_fields(fields, file))
+        architecture = _check_supported(fields, file)
+        return cls(
+            folder=str(folder),
+            architecture=architecture,
+            **_read_fields(fields, FAMILIES[architecture], file),
+        )
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """Whether a layer has experts in place of one feed-forward network."""
+        return self.moe is not None and self.moe.layers[layer]
 
 
-def _check_supported(raw: dict[str, Any], file: Path) -> None:
-    """Refuse architectures and settings that would be trained as something else."""
+def _check_supported(raw: dict[str, Any], file: Path) -> str:
+    """The architecture; refuses it, or settings that would be trained as something else."""
     architectures: list[str] = raw.get("architectures") or []
-    if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+    known = [name for name in architectures if name in FAMILIES]
+    if not known:
         raise ConfigError(
             f"{file}: architectures={architectures} is not supported; "
             f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
-    rope = _rope(raw)
-    expected = {
-        "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (raw.get("attention_bias", False), False),
-        "use_sliding_window": (raw.get("use_sliding_window", False), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-    }
-    wrong = [
-        f"{key}={got!r} (only {want!r})" for key, (got, want) in expected.items() if got != want
-    ]
+    wrong = [*family_problems(FAMILIES[known[0]], raw), *rope_problems(raw)]
     if wrong:
         raise ConfigError(f"{file}: not supported: {', '.join(wrong)}")
+    return known[0]
 
 
-def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """RoPE settings: transformers 5 writes `rope_parameters`, older releases `rope_scaling`."""
-    return raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-
-
-def _read_fields(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+def _read_fields(raw: dict[str, Any], family: Family, file: Path) -> dict[str, Any]:
     """Map the names of `config.json` to ours."""
 
     def need(key: str) -> Any:
@@ -100,14 +114,18 @@ def _read_fields(raw: dict[str, Any], file: Path) -> dict[str, Any]:
             raise ConfigError(f"{file}: the field {key!r} is missing")
         return raw[key]
 
-    theta = _rope(raw).get("rope_theta", raw.get("rope_theta"))
+    theta = rope_fields(raw).get("rope_theta", raw.get("rope_theta"))
     if theta is None:
         raise ConfigError(f"{file}: neither rope_parameters.rope_theta nor rope_theta is set")
     num_heads = int(need("num_attention_heads"))
     eos: Any = raw.get("eos_token_id")
     eos_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    if family.is_moe:
+        if num_experts(raw) is None:
+            raise ConfigError(f"{file}: the field 'num_experts' is missing")
+        for key in ("num_experts_per_tok", "moe_intermediate_size"):
+            need(key)
     return {
-        "architecture": next(a for a in raw["architectures"] if a in SUPPORTED_ARCHITECTURES),
         "hidden_size": int(need("hidden_size")),
         "num_layers": int(need("num_hidden_layers")),
         "num_heads": num_heads,
@@ -120,6 +138,11 @@ def _read_fields(raw: dict[str, Any], file: Path) -> dict[str, Any]:
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "max_positions": int(need("max_position_embeddings")),
         "eos_token_ids": eos_ids,
+        "qkv_bias": family.qkv_bias,
+        "qk_norm": family.qk_norm,
+        "sliding_window": read_window(family, raw),
+        "rope_scaling": read_scaling(raw),
+        "moe": read_moe(raw) if family.is_moe else None,
     }
 
 
@@ -135,29 +158,77 @@ def check_layout(hf: HfModelConfig, parallel: ParallelConfig) -> list[str]:
 
     Each line names the dotted path, the value, the number that it must divide, and what is allowed.
     """
+    sizes = {key: value for key, value in vars(parallel).items() if not isinstance(value, bool)}
+    problems = [
+        f"parallel.{path}={value}: must be at least 1" for path, value in sizes.items() if value < 1
+    ]
+    return problems or [
+        *_tensor_problems(hf, parallel.tensor),
+        *_pipeline_problems(hf, parallel),
+        *_expert_problems(hf, parallel),
+    ]
+
+
+def _tensor_problems(hf: HfModelConfig, tensor: int) -> Iterator[str]:
+    """Heads and channels that tensor parallelism splits."""
     name = Path(hf.folder).name
-    problems: list[str] = []
-    for path, value in vars(parallel).items():
-        if value < 1:
-            problems.append(f"parallel.{path}={value}: must be at least 1")
-    if problems:
-        return problems
-    for count, what in (
-        (hf.num_heads, "attention heads"),
-        (hf.num_kv_heads, "key/value heads"),
-        (hf.ffn_size, "feed-forward channels"),
-    ):
-        if count % parallel.tensor:
-            allowed = _divisors(hf.num_heads, hf.num_kv_heads, hf.ffn_size)
-            problems.append(
-                f"parallel.tensor={parallel.tensor}: does not divide {count} {what} of {name}; "
-                f"allowed: {allowed}"
+    has_dense = hf.moe is None or not all(hf.moe.layers)
+    parts = [(hf.num_heads, "attention heads")]
+    if has_dense:
+        parts.append((hf.ffn_size, "feed-forward channels"))
+    # Below one key/value head per rank, Megatron splits the rows of a group and gathers its output.
+    kv, rows = hf.num_kv_heads, 2 * hf.num_kv_heads * hf.head_dim
+    splits = [d for d in range(1, hf.num_heads + 1) if all(count % d == 0 for count, _ in parts)]
+    allowed = [d for d in splits if kv % d == 0 or (d % kv == 0 and rows % d == 0)]
+    words = ", ".join(map(str, allowed))
+    for count, what in parts:
+        if count % tensor:
+            yield (
+                f"parallel.tensor={tensor}: does not divide {count} {what} of {name}; "
+                f"allowed: {words}"
             )
-    if hf.num_layers % parallel.pipeline:
-        problems.append(
+    if kv % tensor and (tensor % kv or rows % tensor):
+        yield (
+            f"parallel.tensor={tensor}: neither divides {kv} key/value heads of {name} nor is a "
+            f"multiple of them; allowed: {words}"
+        )
+
+
+def _pipeline_problems(hf: HfModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Layers per stage and per chunk."""
+    name = Path(hf.folder).name
+    if parallel.virtual > 1 and parallel.pipeline == 1:
+        yield (
+            f"parallel.virtual={parallel.virtual}: chunks per pipeline stage need "
+            "parallel.pipeline of at least 2; use 1"
+        )
+    elif hf.num_layers % parallel.pipeline:
+        yield (
             f"parallel.pipeline={parallel.pipeline}: does not divide {hf.num_layers} layers of "
             f"{name}; allowed: {_divisors(hf.num_layers)}"
         )
-    if parallel.expert > 1:
-        problems.append(f"parallel.expert={parallel.expert}: {name} is dense; allowed: 1")
-    return problems
+    elif hf.num_layers // parallel.pipeline % parallel.virtual:
+        per_stage = hf.num_layers // parallel.pipeline
+        yield (
+            f"parallel.virtual={parallel.virtual}: does not divide the {per_stage} layers of a "
+            f"pipeline stage of {name}; allowed: {_divisors(per_stage)}"
+        )
+
+
+def _expert_problems(hf: HfModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """How experts lie over the ranks of a stage."""
+    name = Path(hf.folder).name
+    if hf.moe is None:
+        if parallel.expert > 1:
+            yield f"parallel.expert={parallel.expert}: {name} is dense; allowed: 1"
+        return
+    if hf.moe.num_experts % parallel.expert:
+        yield (
+            f"parallel.expert={parallel.expert}: does not divide {hf.moe.num_experts} experts of "
+            f"{name}; allowed: {_divisors(hf.moe.num_experts)}"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        yield (
+            f"parallel.sequence=false: {name} has experts, which with parallel.tensor="
+            f"{parallel.tensor} need the sequence split over the tensor-parallel ranks; use true"
+        )

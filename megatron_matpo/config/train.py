@@ -21,14 +21,31 @@ class ParallelConfig:
 
     tensor: int = 1
     pipeline: int = 1
+    virtual: int = 1
+    """Chunks of layers per pipeline stage (Megatron's interleaved schedule). Above 1, all micro-
+    batches of an update are padded to one shape."""
     context: int = 1
     expert: int = 1
+    """Ranks that share the experts of a layer; lies inside tensor x context x data."""
     data: int = 1
+    sequence: bool = False
+    """Between the split layers every tensor-parallel rank holds a part of the sequence only; saves
+    activations, no effect with `tensor` 1. Required for experts with `tensor` above 1."""
 
     @property
     def world_size(self) -> int:
         """Number of trainer ranks (expert parallelism lies inside the others)."""
-        return self.tensor * self.pipeline * self.context * self.data
+        return self.pipeline * self.stage_size
+
+    @property
+    def stage_size(self) -> int:
+        """Ranks of one pipeline stage, over all replicas."""
+        return self.tensor * self.context * self.data
+
+    @property
+    def splits_sequence(self) -> bool:
+        """Whether `sequence` has an effect."""
+        return self.sequence and self.tensor > 1
 
 
 @dataclass(frozen=True)

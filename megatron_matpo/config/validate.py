@@ -50,6 +50,7 @@ _AT_LEAST: dict[str, float] = {
     "cluster.gpus_per_node": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
+    "parallel.virtual": 1,
     "parallel.context": 1,
     "parallel.expert": 1,
     "parallel.data": 1,
@@ -246,8 +247,12 @@ def _check_run(config: Config) -> Iterator[str]:
 
 def _check_parallel(config: Config) -> Iterator[str]:
     parallel, cluster = config.parallel, config.cluster
-    if parallel.expert > 1:
-        yield f"parallel.expert={parallel.expert}: only 1 is supported"
+    # Values below 1 have a line of their own.
+    if parallel.stage_size % max(parallel.expert, 1):
+        yield (
+            f"parallel.expert={parallel.expert}: must divide tensor x context x data = "
+            f"{parallel.stage_size}"
+        )
     if cluster.device == "cpu" and config.precision == "bf16":
         yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
 

@@ -98,16 +98,19 @@ class PlacedBatch:
         return max(self.segments)
 
 
-def place(batch: MicroBatch, state: ParallelState) -> PlacedBatch:
+def place(batch: MicroBatch, state: ParallelState, num_tokens: int = 0) -> PlacedBatch:
     """Pad for the layout, and keep this rank's tokens.
 
     Each sample is padded at its end to `state.sample_multiple` tokens, the row by one segment more
-    to `state.row_multiple`. Causal attention makes that harmless: no real token sees padding, and
-    padding is not trained. Under context parallelism of size c each segment is cut into 2c equal
-    chunks, and rank r has chunks r and 2c - 1 - r, which makes the work of causal attention equal;
-    it is the order that Transformer Engine expects of packed rows.
+    to `state.row_multiple`, and to `num_tokens` (another multiple of it) if it is shorter. Causal
+    attention makes that harmless: no real token sees padding, and padding is not trained. Under
+    context parallelism of size c each segment is cut into 2c equal chunks, and rank r has chunks r
+    and 2c - 1 - r, which makes the work of causal attention equal; it is the order that Transformer
+    Engine expects of packed rows.
     """
-    segments = _segments(batch.lengths, state.sample_multiple, state.row_multiple)
+    segments = padded_lengths(batch.lengths, state.sample_multiple, state.row_multiple)
+    if num_tokens > sum(segments):
+        segments = (*segments, num_tokens - sum(segments))
     device = batch.input_ids.device
     source = _sources(batch.lengths, segments)[zigzag(segments, state.cp_rank, state.cp_size)]
     source = source.to(device)
@@ -116,7 +119,14 @@ def place(batch: MicroBatch, state: ParallelState) -> PlacedBatch:
     return PlacedBatch(dataclasses.replace(batch, **mine), segments, source)
 
 
-def _segments(lengths: Sequence[int], sample_multiple: int, row_multiple: int) -> tuple[int, ...]:
+def row_tokens(batch: MicroBatch, state: ParallelState) -> int:
+    """Tokens of the placed row over all context-parallel ranks, padding included."""
+    return sum(padded_lengths(batch.lengths, state.sample_multiple, state.row_multiple))
+
+
+def padded_lengths(
+    lengths: Sequence[int], sample_multiple: int, row_multiple: int
+) -> tuple[int, ...]:
     """Padded lengths of the samples, and of the padding after them."""
     segments = [-(-length // sample_multiple) * sample_multiple for length in lengths]
     rest = -sum(segments) % row_multiple

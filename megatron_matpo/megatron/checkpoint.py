@@ -153,9 +153,11 @@ def load_checkpoint(
     except (CheckpointingException, CheckpointException) as error:
         raise CheckpointError(f"{path} cannot be loaded: {error}") from error
     # Loading fills the request in place, so the description of the model is asked for again.
-    model = unwrap(models[0])
-    optimizer_state.restore(model, optimizer, model.sharded_state_dict(), loaded["optimizer"])
-    model.load_state_dict(loaded["model"])
+    chunks = [unwrap(model) for model in models]
+    model_states = [chunk.sharded_state_dict() for chunk in chunks]
+    optimizer_state.restore(chunks, optimizer, model_states, loaded["optimizer"])
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded["model"][str(i)])
     if same_layout:
         _set_rng_state(loaded["rng"])
     return saved["extra"]
@@ -196,6 +198,10 @@ def _identity(models: Sequence[Any]) -> dict[str, int]:
         "kv_heads": config.num_query_groups or config.num_attention_heads,
         "head_dim": config.kv_channels or 0,
         "ffn": config.ffn_hidden_size or 0,
+        "qkv_bias": int(config.add_qkv_bias),
+        "qk_norm": int(config.qk_layernorm),
+        "experts": config.num_moe_experts or 0,
+        "expert_ffn": config.moe_ffn_hidden_size or 0,
         "tied_embeddings": int(model.share_embeddings_and_output_weights),
     }
 
@@ -207,11 +213,12 @@ def _sharded_state(
     with warnings.catch_warnings():
         # Megatron's own use of deprecated torch calls; one line per tensor otherwise.
         warnings.simplefilter("ignore")
-        chunk = unwrap(models[0])
-        model = chunk.sharded_state_dict()
+        chunks = [unwrap(model) for model in models]
+        parts = [chunk.sharded_state_dict() for chunk in chunks]
         return {
-            "model": model,
-            "optimizer": optimizer_state.describe(chunk, optimizer, model, state, is_loading),
+            # Keys in the files are those of the whole model, whatever the chunks.
+            "model": {str(i): part for i, part in enumerate(parts)},
+            "optimizer": optimizer_state.describe(chunks, optimizer, parts, state, is_loading),
             "rng": ShardedObject("rng", _rng_state(), (state.world_size,), (state.rank,)),
         }
 

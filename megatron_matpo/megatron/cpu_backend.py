@@ -19,6 +19,10 @@ What each part is for (lines of Megatron-Core 0.16.1):
 * `cuda` random state and `manual_seed`: `tensor_parallel/random.py:235-238,422`;
 * `_get_cuda_rng_state`, `_set_cuda_rng_state`: `tensor_parallel/random.py:41-110` call into the
   CUDA runtime itself;
+* `te_general_gemm`: `moe_utils.py:1192` asks whether it is None where Transformer Engine is absent,
+  and nothing has defined it (`moe_utils.py:21-38`);
+* `maybe_move_tensor_to_cpu`: `token_dispatcher.py:879` wants numbers of tokens as an array, which
+  only a tensor of a GPU becomes;
 * `Tensor.type`: `distrib_optimizer.py:361,420,582`, `clip_grads.py:167`, `optimizer.py:671-690`;
 * `Tensor.cuda`: `language_module.py:244`, `distrib_optimizer.py:1089`, `exchange_utils.py:336`.
 """
@@ -89,6 +93,11 @@ def _get_rng_state(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _set_rng_state(new_state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
     torch.set_rng_state(new_state)
+
+
+def _move_to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """What Megatron's function of another name does with a tensor of a GPU."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _stand_in(real: types.ModuleType, overrides: dict[str, Any]) -> types.ModuleType:
@@ -186,3 +195,8 @@ def install() -> None:
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = _get_rng_state  # type: ignore[attr-defined]
     random._set_cuda_rng_state = _set_rng_state  # type: ignore[attr-defined]
+    experts = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(experts, "te_general_gemm"):
+        experts.te_general_gemm = None  # type: ignore[attr-defined]
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher.maybe_move_tensor_to_cpu = _move_to_host  # type: ignore[attr-defined]

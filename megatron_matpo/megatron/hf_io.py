@@ -35,11 +35,16 @@ from megatron_matpo.megatron.mapping import (
     placed_rules,
 )
 from megatron_matpo.megatron.model import unwrap
-from megatron_matpo.megatron.parallel import ParallelState, pipeline_group, tensor_group
+from megatron_matpo.megatron.parallel import (
+    ParallelState,
+    expert_group,
+    pipeline_group,
+    tensor_group,
+)
 
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
-# What transformers initialises Qwen3 with (`initializer_range`).
+# What transformers initialises these families with (`initializer_range`).
 _INIT_STD = 0.02
 
 
@@ -89,10 +94,11 @@ class _Random:
         self._shapes, self._seed = hf_shapes(hf), seed
 
     def read(self, name: str, dim: int | None, start: int, stop: int) -> Tensor:
-        """See `mapping.Slicer`. Norms are 1, everything else is normal."""
+        """See `mapping.Slicer`. Norms are 1, biases 0, everything else is normal."""
         shape = self._shapes[name]
         if len(shape) == 1:
-            return torch.ones(shape)
+            full = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+            return full if dim is None else full[start:stop]
         digest = hashlib.sha256(f"{self._seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
         full = torch.randn(shape, generator=generator).mul_(_INIT_STD)
@@ -103,13 +109,13 @@ class _Random:
 
 @torch.no_grad()
 def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: ParallelState):
-    """Copy every parameter of this stage from `read`, and make sure that none was forgotten."""
-    parameters = dict(unwrap(models[0]).named_parameters())
+    """Copy every parameter of this rank from `read`, and make sure that none was forgotten."""
+    chunks = _parameters(models)
     filled = set()
-    for rule in placed_rules(hf, state.pp_size):
-        if rule.stage != state.pp_rank:
+    for rule in placed_rules(hf, state.pp_size, state.vp_size, state.ep_size):
+        if rule.stage != state.pp_rank or rule.expert_rank not in (None, state.ep_rank):
             continue
-        target = rule.parameter(parameters)
+        target = rule.parameter(chunks[rule.chunk])
         part = local_part(rule, read, hf, state.tp_rank, state.tp_size)
         if part.shape != target.shape:
             raise ConfigError(
@@ -118,8 +124,13 @@ def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: Paralle
             )
         target.copy_(part)
         filled.add(id(target))
-    forgotten = [name for name, p in parameters.items() if id(p) not in filled]
-    assert not forgotten, f"megatron.mapping has no rule for {forgotten}"
+    forgotten = [name for chunk in chunks for name, p in chunk.items() if id(p) not in filled]
+    assert not forgotten, f"megatron.families has no rule for {forgotten}"
+
+
+def _parameters(models: Sequence[Any]) -> list[dict[str, Tensor]]:
+    """Per chunk, parameters by name."""
+    return [dict(unwrap(model).named_parameters()) for model in models]
 
 
 def load_hf(
@@ -159,22 +170,50 @@ def iter_hf_tensors(
         state: this rank's position.
         dtype: convert on the way; None keeps the parameters' own.
     """
-    if not state.is_first_holder:
+    # The first replica of each stage, and the ranks that hold the rest of its experts.
+    is_dense = state.is_first_holder
+    if not is_dense and state.edp_rank:
         return
-    parameters: dict[str, Tensor] = dict(unwrap(models[0]).named_parameters())
-    some = next(iter(parameters.values()))
-    dtype = dtype or some.dtype
-    shapes = hf_shapes(hf)
-    for rule in placed_rules(hf, state.pp_size):
+    chunks = _parameters(models)
+    dtype = dtype or next(iter(chunks[0].values())).dtype
+    for rule in placed_rules(hf, state.pp_size, state.vp_size, state.ep_size):
         if rule.is_copy:
             continue
         full: dict[str, Tensor] = {}
-        if rule.stage == state.pp_rank:
-            full = _gather(rule, parameters, hf, state, dtype)
-        if rule.stage > 0 and state.tp_rank == 0:
-            full = _to_first_stage(rule, full, shapes, state, dtype)
+        if rule.stage == state.pp_rank and rule.expert_rank is not None:
+            full = _fetch_expert(rule, chunks[rule.chunk], hf, state, dtype)
+        elif rule.stage == state.pp_rank and is_dense:
+            full = _gather(rule, chunks[rule.chunk], hf, state, dtype)
+        if rule.stage > 0 and is_dense and state.tp_rank == 0:
+            full = _to_first_stage(rule, full, state, dtype)
         if state.rank == 0:
             yield from full.items()
+
+
+def _fetch_expert(
+    rule: Placed,
+    parameters: dict[str, Tensor],
+    hf: HfModelConfig,
+    state: ParallelState,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Move an expert's parameter from the rank that holds it to the first rank of its stage.
+
+    Only the expert-parallel group of that first rank takes part, which is its rank 0.
+    """
+    if state.edp_rank or state.ep_rank not in (0, rule.expert_rank):
+        return {}
+    # Names count from 0 inside a rank's experts, so rank 0 has one of the same name and shape.
+    local = rule.parameter(parameters).detach()
+    if rule.expert_rank == 0:
+        return _own_memory(hf_tensors(rule, [local.to(dtype)], hf), local)
+    group = expert_group()
+    if state.ep_rank:
+        dist.send(local.to(dtype).contiguous(), dst=dist.get_global_rank(group, 0), group=group)
+        return {}
+    received = torch.empty_like(local, dtype=dtype)
+    dist.recv(received, src=dist.get_global_rank(group, rule.expert_rank or 0), group=group)
+    return hf_tensors(rule, [received], hf)
 
 
 def _gather(
@@ -185,18 +224,20 @@ def _gather(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Collect the shards of a parameter on the first tensor-parallel rank of its stage."""
-    local = rule.parameter(parameters).detach().to(dtype).contiguous()
+    parameter = rule.parameter(parameters).detach()
+    local = parameter.to(dtype).contiguous()
     shards = [local]
-    if state.tp_size > 1 and rule.sharding != "replicated":
+    if state.tp_size > 1 and rule.sharding.is_split:
         is_root = state.tp_rank == 0
         shards = [torch.empty_like(local) for _ in range(state.tp_size)] if is_root else []
         group = tensor_group()
         dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
-    if state.tp_rank:
-        return {}
-    full = hf_tensors(rule, shards, hf)
-    # Without a gather or a conversion these could still be the model's own memory.
-    own = parameters and rule.parameter(parameters).untyped_storage().data_ptr()
+    return {} if state.tp_rank else _own_memory(hf_tensors(rule, shards, hf), parameter)
+
+
+def _own_memory(full: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """Without a gather or a conversion, tensors could still be the model's own memory."""
+    own = parameter.untyped_storage().data_ptr()
     return {
         name: tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor
         for name, tensor in full.items()
@@ -206,7 +247,6 @@ def _gather(
 def _to_first_stage(
     rule: Placed,
     full: dict[str, Tensor],
-    shapes: dict[str, tuple[int, ...]],
     state: ParallelState,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
@@ -219,8 +259,8 @@ def _to_first_stage(
     if state.pp_rank > 0:
         return {}
     received = {}
-    for name in rule.hf:
-        received[name] = torch.empty(shapes[name], dtype=dtype, device=state.device)
+    for name, shape in zip(rule.hf, rule.shapes, strict=True):
+        received[name] = torch.empty(shape, dtype=dtype, device=state.device)
         source = dist.get_global_rank(group, rule.stage)
         dist.recv(received[name], src=source, group=group)
     return received

@@ -21,11 +21,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -33,7 +29,9 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron.attention import PackedAttention
+from megatron_matpo.megatron.layer_spec import block_spec, family_settings, require_engine
 from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
+from megatron_matpo.megatron.rope import inverse_frequencies
 
 
 class PolicyModel(GPTModel):
@@ -44,8 +42,17 @@ class PolicyModel(GPTModel):
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[t, 1, h]; after the final norm on the last stage."""
-        return hidden_states
+        """[t, 1, h], after the final norm, at the end of the model; before it [t/tp, 1, h] or all.
+
+        Sequence parallelism ends here: any row may be chosen next. All tensor-parallel ranks go on
+        with the same rows and sum the gradient of these in the output layer, so that the gradient
+        that arrives here is the same on all, and each rank takes its part of it.
+        """
+        if not (self.post_process and self.config.sequence_parallel):
+            return hidden_states
+        return gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, V/tp]. Last stage only; its tensor-parallel ranks call together."""
@@ -84,11 +91,15 @@ def transformer_config(
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_eps,
-        qk_layernorm=True,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=state.tp_size,
         pipeline_model_parallel_size=state.pp_size,
+        virtual_pipeline_model_parallel_size=state.vp_size if state.vp_size > 1 else None,
+        sequence_parallel=config.parallel.splits_sequence,
+        expert_model_parallel_size=state.ep_size,
+        # Experts are whole; Megatron would take the tensor-parallel size.
+        expert_tensor_parallel_size=1,
         context_parallel_size=state.cp_size,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
@@ -100,8 +111,13 @@ def transformer_config(
         use_cpu_initialization=False,
         calculate_per_token_loss=True,
         # Micro-batches differ in length. Megatron refuses that under pipeline parallelism unless
-        # the dispatcher of a mixture of experts is `alltoall`, also for a dense model.
-        variable_seq_lengths=state.pp_size > 1,
+        # the dispatcher of a mixture of experts is `alltoall`, also for a dense model. Not with
+        # chunks: shapes are exchanged before the tensors, both ways at once, which deadlocks where
+        # a send waits for its receiver (`p2p_communication.py:205-238`); see `schedule.py`.
+        variable_seq_lengths=state.pp_size > 1 and state.vp_size == 1,
+        # With two stages a batch of sends and receives mixes up the two directions; Megatron's
+        # other way has a process group for each.
+        batch_p2p_comm=state.vp_size == 1,
         moe_token_dispatcher_type="alltoall",
         # The fused kernels need Apex or a compiler; on a CPU they only cost start-up time.
         bias_activation_fusion=not on_cpu,
@@ -111,31 +127,12 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         cuda_graph_impl="none",
+        **family_settings(hf, on_cpu),
     )
 
 
-def _layer_spec(state: ParallelState) -> ModuleSpec:
-    """Local modules on CPU, Transformer Engine's on GPU.
-
-    Raises:
-        ConfigError: on a GPU without Transformer Engine.
-    """
-    if state.device.type == "cpu":
-        spec: Any = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-        spec.submodules.self_attention.submodules.core_attention = PackedAttention
-        return spec
-    try:
-        import transformer_engine.pytorch  # noqa: F401  (only whether it is there)
-    except ImportError as error:
-        raise ConfigError(
-            "cluster.gpus_per_node > 0 needs Transformer Engine in the trainer's environment "
-            f"(import failed: {error}); use the project's image, or cluster.gpus_per_node=0"
-        ) from error
-    return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=True)
-
-
 def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list[PolicyModel]:
-    """This rank's stage of the model, with uninitialised weights; a list of one chunk.
+    """This rank's chunks of the model, first layers first, with uninitialised weights.
 
     Every trainer rank calls; stages with tied embeddings communicate.
 
@@ -145,22 +142,57 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     problems = check_layout(hf, config.parallel)
     if problems:
         raise ConfigError("\n".join(problems))
-    spec = _layer_spec(state)  # first: it says what is missing
+    if state.device.type != "cpu":
+        require_engine()
+    megatron = transformer_config(config, hf, state)
+    return [_build_chunk(config, hf, state, megatron, chunk) for chunk in range(state.vp_size)]
+
+
+def _build_chunk(
+    config: Config,
+    hf: HfModelConfig,
+    state: ParallelState,
+    megatron: TransformerConfig,
+    chunk: int,
+) -> PolicyModel:
+    """One chunk of this rank's stage."""
+    vp_stage = chunk if state.vp_size > 1 else None
     model = PolicyModel(
-        transformer_config(config, hf, state),
-        spec,
+        megatron,
+        # Takes the layers themselves, too, though annotated otherwise.
+        block_spec(megatron, hf, state, vp_stage, PackedAttention),  # type: ignore[arg-type]
         vocab_size=padded_vocab_size(hf, state.tp_size),
         max_sequence_length=hf.max_positions,
-        pre_process=state.is_first_stage,
-        post_process=state.is_last_stage,
+        pre_process=state.is_first_stage and chunk == 0,
+        post_process=state.is_last_stage and chunk == state.vp_size - 1,
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=hf.rope_theta,  # type: ignore[arg-type]  (Megatron divides by a power of it)
+        vp_stage=vp_stage,
     )
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(hf).to(state.device)
+    if model.post_process and megatron.sequence_parallel:
+        # It gets chosen rows of the whole sequence, the same on all ranks; see `_postprocess`.
+        model.output_layer.sequence_parallel = False
+        model.output_layer.allreduce_dgrad = True
+    _mark_experts(model)
     # The local spec's norms ignore params_dtype.
-    model = model.to(device=state.device, dtype=resolve_precision(config))
-    return [model]
+    return model.to(device=state.device, dtype=resolve_precision(config))
+
+
+def _mark_experts(model: PolicyModel) -> None:
+    """Reduce experts' gradients over their own replicas, whatever the layout.
+
+    Experts are not split by tensor parallelism, so the tensor-parallel ranks of a stage hold
+    different experts or, with fewer expert-parallel ranks, replicas that see different tokens.
+    Megatron marks them only if `expert_model_parallel_size` is above 1 (`layers.py:880`).
+    """
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            # Every rank's part counts in the gradient norm.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def wrap_ddp(config: Config, models: list[PolicyModel]) -> list[DistributedDataParallel]:

@@ -17,7 +17,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron_matpo.config import Config
 from megatron_matpo.config.train import OptimConfig
 from megatron_matpo.errors import NonFiniteError
-from megatron_matpo.megatron.optimizer_state import member_of
+from megatron_matpo.megatron.optimizer_state import members_of
 from megatron_matpo.megatron.parallel import resolve_precision
 
 
@@ -57,7 +57,8 @@ def build_optimizer(config: Config, models: Sequence[Any]) -> MegatronOptimizer:
         list(models),
         use_gloo_process_groups=False,
     )
-    _create_moments(member_of(optimizer).optimizer)
+    for member in members_of(optimizer):
+        _create_moments(member.optimizer)
     return optimizer
 
 
@@ -93,8 +94,8 @@ def step(optimizer: MegatronOptimizer, optim: OptimConfig, update_index: int) ->
             f"gradient norm {grad_norm} at update {update_index}; nothing was changed"
         )
     if optim.clip_grad > 0:
-        parameters = member_of(optimizer).get_parameters()
-        clip_grad_by_total_norm_fp32(parameters, optim.clip_grad, grad_norm)
+        for member in members_of(optimizer):
+            clip_grad_by_total_norm_fp32(member.get_parameters(), optim.clip_grad, grad_norm)
     lr = learning_rate(optim, update_index)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_mult", 1.0)

@@ -8,15 +8,15 @@ parameter is treated on its own:
 
 * fp32 parameter and both moments get the parameter's shape, sharding and (prefixed) key, so that
   another layout can load them;
-* a save sums the data-parallel ranks' shards as integers, which is exact, on the first of them; a
-  load reads the whole and keeps the own shard;
+* a save sums the data-parallel ranks' shards as integers, which is exact, on the first of them (for
+  an expert: of the ranks that hold it); a load reads the whole and keeps the own shard;
 * tensors pass through host memory one at a time on GPUs; the first data-parallel rank holds all of
   its stage's state there until it is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,7 +27,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from megatron_matpo.megatron.model import PolicyModel
-from megatron_matpo.megatron.parallel import ParallelState, data_group
+from megatron_matpo.megatron.parallel import ParallelState, data_group, expert_data_group
 
 _KINDS = ("param", "exp_avg", "exp_avg_sq")
 
@@ -43,39 +43,42 @@ class _Shard:
     """By kind, flat float32 [stop - start]."""
 
 
-def member_of(optimizer: MegatronOptimizer) -> Any:
-    """The one distributed optimizer of a dense model (Megatron chains one per parameter kind)."""
-    (member,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return member
+def members_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers behind a chained one: of dense parameters, then of experts.
+
+    A stage without experts has the first only.
+    """
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def describe(
-    model: PolicyModel,
+    models: Sequence[PolicyModel],
     optimizer: MegatronOptimizer,
-    model_state: dict[str, Any],
+    model_states: Sequence[dict[str, Any]],
     state: ParallelState,
     is_loading: bool,
 ) -> dict[str, Any]:
     """Sharded optimizer state of this rank. Collective over the data-parallel ranks.
 
     Args:
-        model: this rank's unwrapped chunk.
-        optimizer: its optimizer.
-        model_state: `model.sharded_state_dict()`.
+        models: this rank's unwrapped chunks.
+        optimizer: their optimizer.
+        model_states: `sharded_state_dict()` of each.
         state: this rank's position.
         is_loading: give every rank room for its whole stage, instead of the first data-parallel
             rank the values.
     """
-    member = member_of(optimizer)
-    result: dict[str, Any] = {"step": _step(member)}
-    for name, parameter, base in _bases(model, model_state):
-        shard = _shard(member, parameter)
+    members = members_of(optimizer)
+    result: dict[str, Any] = {"step": _step(members)}
+    for name, parameter, base in _bases(models, model_states):
+        shard = _shard(members, parameter)
+        group = expert_data_group() if ".experts." in name else data_group()
         for kind in _KINDS:
             if is_loading:
                 full = torch.empty(parameter.shape, dtype=torch.float32)
             else:
-                full = _collect(shard, kind, parameter, state)
-                if not state.is_first_holder:
+                full = _collect(shard, kind, parameter, group, state.device)
+                if dist.get_rank(group):
                     continue
             # Layers share a key and differ in their place along an axis; names are unique.
             changes: dict[str, Any] = {"key": f"optimizer.{kind}.{base.key}", "data": full}
@@ -86,71 +89,79 @@ def describe(
 
 
 def restore(
-    model: PolicyModel,
+    models: Sequence[PolicyModel],
     optimizer: MegatronOptimizer,
-    model_state: dict[str, Any],
+    model_states: Sequence[dict[str, Any]],
     loaded: dict[str, Any],
 ) -> None:
     """Take over what `describe(..., is_loading=True)` asked for. Nothing is communicated."""
-    member = member_of(optimizer)
-    for name, parameter, _ in _bases(model, model_state):
-        shard = _shard(member, parameter)
+    members = members_of(optimizer)
+    for name, parameter, _ in _bases(models, model_states):
+        shard = _shard(members, parameter)
         for kind, tensor in shard.tensors.items():
             full = loaded[f"{kind} {name}"]
             tensor.data.copy_(full.reshape(-1)[shard.start : shard.stop])
-    _set_step(member, loaded["step"])
+    _set_step(members, loaded["step"])
 
 
 def _bases(
-    model: PolicyModel, model_state: dict[str, Any]
+    models: Sequence[PolicyModel], model_states: Sequence[dict[str, Any]]
 ) -> Iterator[tuple[str, Tensor, ShardedTensor | ShardedTensorFactory]]:
     """Trained parameters in the model's order: name, parameter, description for checkpoints."""
-    by_parameter = {
-        id(base.data): base
-        for base in model_state.values()
-        if isinstance(base, ShardedTensor | ShardedTensorFactory)
-    }
-    for name, parameter in model.named_parameters():
-        yield name, parameter, by_parameter[id(parameter)]
+    for chunk, (model, model_state) in enumerate(zip(models, model_states, strict=True)):
+        by_parameter = {
+            id(base.data): base
+            for base in model_state.values()
+            if isinstance(base, ShardedTensor | ShardedTensorFactory)
+        }
+        for name, parameter in model.named_parameters():
+            yield f"{chunk} {name}", parameter, by_parameter[id(parameter)]
 
 
-def _shard(member: Any, parameter: Tensor) -> _Shard:
+def _shard(members: Sequence[Any], parameter: Tensor) -> _Shard:
     """This rank's shard of a parameter, as Megatron's distributed optimizer laid it out."""
-    if parameter not in member.model_param_gbuf_map:
-        return _Shard(0, 0, {})
-    owned = member._get_model_param_range_map(parameter)["param"]
-    group, index = member.model_param_group_index_map[parameter]
-    main = member.optimizer.param_groups[group]["params"][index]
-    moments = member.optimizer.state[main]
-    tensors = {"param": main, **{kind: moments[kind] for kind in _KINDS[1:]}}
-    return _Shard(owned.start, owned.end, tensors)
+    for member in members:
+        if parameter in member.model_param_gbuf_map:
+            owned = member._get_model_param_range_map(parameter)["param"]
+            group, index = member.model_param_group_index_map[parameter]
+            main = member.optimizer.param_groups[group]["params"][index]
+            moments = member.optimizer.state[main]
+            tensors = {"param": main, **{kind: moments[kind] for kind in _KINDS[1:]}}
+            return _Shard(owned.start, owned.end, tensors)
+    return _Shard(0, 0, {})
 
 
-def _collect(shard: _Shard, kind: str, parameter: Tensor, state: ParallelState) -> Tensor:
-    """The whole tensor on the host of the first data-parallel rank; rubbish on the others."""
-    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=state.device)
+def _collect(
+    shard: _Shard, kind: str, parameter: Tensor, group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
+    """The whole tensor on the host of the group's first rank; rubbish on the others."""
+    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=device)
     if kind in shard.tensors:
         full[shard.start : shard.stop] = shard.tensors[kind].detach().view(-1)
-    if state.num_holders > 1:
-        group = data_group()
+    if dist.get_world_size(group) > 1:
         # As integers: a float sum would turn -0.0 into 0.0.
         dist.reduce(full.view(torch.int32), dst=dist.get_global_rank(group, 0), group=group)
     return full.view(parameter.shape).cpu()
 
 
-def _step(member: Any) -> int:
+def _step(members: Sequence[Any]) -> int:
     """Updates made: torch counts per parameter, Transformer Engine's FusedAdam per group."""
-    for group in member.optimizer.param_groups:
-        if "step" in group:
-            return int(group["step"])
-    return next((int(s["step"]) for s in member.optimizer.state.values() if "step" in s), 0)
-
-
-def _set_step(member: Any, step: int) -> None:
-    """The inverse of `_step`."""
-    if isinstance(member.optimizer, torch.optim.AdamW):
+    for member in members:
+        for group in member.optimizer.param_groups:
+            if "step" in group:
+                return int(group["step"])
         for state in member.optimizer.state.values():
-            state["step"].fill_(float(step))
-        return
-    for group in member.optimizer.param_groups:
-        group["step"] = step
+            if "step" in state:
+                return int(state["step"])
+    return 0
+
+
+def _set_step(members: Sequence[Any], step: int) -> None:
+    """The inverse of `_step`."""
+    for member in members:
+        if isinstance(member.optimizer, torch.optim.AdamW):
+            for state in member.optimizer.state.values():
+                state["step"].fill_(float(step))
+            continue
+        for group in member.optimizer.param_groups:
+            group["step"] = step

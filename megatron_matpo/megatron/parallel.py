@@ -38,6 +38,13 @@ class ParallelState:
     cp_rank: int
     cp_size: int
     device: torch.device
+    vp_size: int = 1
+    """Chunks of layers per pipeline stage."""
+    ep_rank: int = 0
+    ep_size: int = 1
+    """Ranks of a stage that share the experts; consecutive in the order tensor, context, data."""
+    edp_rank: int = 0
+    """Among the ranks that hold the same experts for different tokens."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -100,9 +107,10 @@ def _check(config: Config, world_size: int) -> None:
             f"{parallel.pipeline} x {parallel.context} x {parallel.data} = {parallel.world_size}, "
             f"but {world_size} trainer ranks were started"
         )
-    if parallel.expert > 1:
+    if parallel.stage_size % parallel.expert:
         raise ConfigError(
-            f"parallel.expert={parallel.expert}: the supported models are dense; use 1"
+            f"parallel.expert={parallel.expert}: must divide tensor x context x data = "
+            f"{parallel.stage_size}"
         )
 
 
@@ -166,6 +174,9 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
     mpu.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert,
+        expert_tensor_parallel_size=1,
         context_parallel_size=parallel.context,
         # Megatron makes a timedelta of it, which takes fractions.
         distributed_timeout_minutes=config.train.timeout_s / 60,  # type: ignore[arg-type]
@@ -184,6 +195,10 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
         cp_rank=mpu.get_context_parallel_rank(),
         cp_size=mpu.get_context_parallel_world_size(),
         device=device,
+        vp_size=parallel.virtual,
+        ep_rank=mpu.get_expert_model_parallel_rank(),
+        ep_size=mpu.get_expert_model_parallel_world_size(),
+        edp_rank=mpu.get_expert_data_parallel_rank(),
     )
     # Stages differ, data-parallel replicas do not: they hold the same parameters.
     seed = config.run.seed + 100 * state.pp_rank
@@ -224,6 +239,20 @@ def data_group() -> dist.ProcessGroup:
     from megatron.core import parallel_state as mpu
 
     return _group(mpu.get_data_parallel_group(with_context_parallel=True))
+
+
+def expert_group() -> dist.ProcessGroup:
+    """Ranks that share the experts of the same layers."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_expert_model_parallel_group())
+
+
+def expert_data_group() -> dist.ProcessGroup:
+    """Ranks that hold the same experts for different tokens."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_expert_data_parallel_group())
 
 
 def destroy_parallel() -> None:

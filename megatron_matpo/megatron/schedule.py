@@ -23,7 +23,13 @@ from torch import Tensor
 
 from megatron_matpo.config import Config
 from megatron_matpo.megatron.attention import packed_params
-from megatron_matpo.megatron.batch import MicroBatch, PlacedBatch, empty_micro_batch, place
+from megatron_matpo.megatron.batch import (
+    MicroBatch,
+    PlacedBatch,
+    empty_micro_batch,
+    place,
+    row_tokens,
+)
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
 from megatron_matpo.megatron.model import PolicyModel, unwrap
 from megatron_matpo.megatron.parallel import (
@@ -98,37 +104,39 @@ class _Pass:
     ) -> None:
         assert micro_batches, "a pass needs at least one micro-batch; use empty_micro_batch()"
         self._models = list(models)
+        self._num_real = len(micro_batches)
         # The interleaved schedule takes the micro-batches in groups of one for each stage.
-        group = state.pp_size if len(self._models) > 1 else 1
-        batches = [*micro_batches, *[empty_micro_batch()] * (-len(micro_batches) % group)]
-        self._batches = [place(batch.to(state.device), state) for batch in batches]
+        has_chunks = len(self._models) > 1
+        num_more = -self._num_real % state.pp_size if has_chunks else 0
+        batches = [*micro_batches, *[empty_micro_batch()] * num_more]
+        # And it exchanges one shape only: see `transformer_config`.
+        self._width = max(row_tokens(batch, state) for batch in batches) if has_chunks else 0
+        self._batches = [place(batch.to(state.device), state, self._width) for batch in batches]
         self._state, self._config, self._vocab_size = state, config, vocab_size
 
     @property
     def sources(self) -> list[Tensor]:
         """Per micro-batch, where this rank's tokens come from; see `PlacedBatch`."""
-        return [placed.source for placed in self._batches]
+        return [placed.source for placed in self._batches[: self._num_real]]
 
     def run(self, loss_fn: LossFn | None) -> list[Any]:
-        """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`.
-
-        Then those of empty micro-batches, if the schedule needed some.
-        """
+        """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`."""
         for model in self._models:
             unwrap(model).config.finalize_model_grads_func = _sum_grads
         # The interleaved schedule goes through the micro-batches once for each chunk of the model.
         iterators = [iter(self._batches) for _ in self._models]
-        return get_forward_backward_func()(
+        results = get_forward_backward_func()(
             forward_step_func=self._forward_step(loss_fn),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._models,
             num_microbatches=len(self._batches),
             # Read only where all micro-batches have one shape; see variable_seq_lengths.
-            seq_length=sum(self._batches[0].segments),
+            seq_length=self._width or sum(self._batches[0].segments),
             micro_batch_size=1,
             forward_only=loss_fn is None,
             collect_non_loss_data=loss_fn is None,
         )
+        return results[: self._num_real]
 
     def _forward_step(self, loss_fn: LossFn | None) -> Callable[..., Any]:
         def forward_step(batches: Iterator[PlacedBatch], model: Any) -> tuple[Tensor, Any]:
@@ -138,10 +146,11 @@ class _Pass:
             hidden = model(
                 batch.input_ids[None], None, None, packed_seq_params=packed_params(placed)
             )
-            if not unwrap(model).post_process:
+            chunk = unwrap(model)
+            if not chunk.post_process:
                 return hidden, None
             logprobs, entropy = micro_batch_logprobs(
-                unwrap(model), hidden, batch, self._config, self._vocab_size
+                chunk, hidden, batch, self._config, self._vocab_size
             )
 
             def finish(_: Tensor, non_loss_data: bool = False) -> Any:

@@ -90,6 +90,7 @@ def _shown_config(config: Config) -> list[tuple[str, str]]:
     sizes = {
         "TP": parallel.tensor,
         "PP": parallel.pipeline,
+        "VPP": parallel.virtual,
         "CP": parallel.context,
         "EP": parallel.expert,
         "DP": parallel.data,

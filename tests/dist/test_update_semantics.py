@@ -230,9 +230,9 @@ def test_random_weights_do_not_depend_on_the_layout(ranks: RankPool, model_folde
     [
         ({"tp": 2}, 1, "= 2, but 1 trainer ranks were started"),
         (
-            {"tp": 4},
-            4,
-            "parallel.tensor=4: does not divide 2 key/value heads of model; allowed: 1, 2",
+            {"tp": 3},
+            3,
+            "parallel.tensor=3: does not divide 4 attention heads of model; allowed: 1, 2, 4",
         ),
         ({"pp": 3}, 3, "parallel.pipeline=3: does not divide 4 layers of model; allowed: 1, 2, 4"),
     ],

@@ -13,7 +13,7 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import MicroBatch
-from megatron_matpo.megatron.optimizer_state import member_of
+from megatron_matpo.megatron.optimizer_state import members_of
 from megatron_matpo.trainer.credit import step_advantages, step_samples
 from megatron_matpo.trainer.learner import PolicyLearner
 from megatron_matpo.types import RolloutBatch
@@ -87,11 +87,11 @@ def _actor(config: Config, state: Any) -> MegatronActor:
 
 def _everything(actor: MegatronActor) -> list[torch.Tensor]:
     """Copies of this rank's parameters, main parameters and moments."""
-    inner = member_of(actor._optimizer).optimizer
     tensors = [p for model in actor._models for p in model.parameters()]
-    for group in inner.param_groups if inner is not None else ():
-        for parameter in group["params"]:
-            tensors += [parameter, *inner.state[parameter].values()]
+    for member in members_of(actor._optimizer):
+        for group in member.optimizer.param_groups:
+            for parameter in group["params"]:
+                tensors += [parameter, *member.optimizer.state[parameter].values()]
     return [tensor.detach().clone() for tensor in tensors]
 
 

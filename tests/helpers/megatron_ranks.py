@@ -24,6 +24,7 @@ from megatron_matpo.megatron.parallel import (
     ParallelState,
     data_group,
     destroy_parallel,
+    expert_data_group,
     init_parallel,
     tensor_group,
 )
@@ -88,23 +89,44 @@ def grads(
 ) -> dict[str, torch.Tensor]:
     """Full gradients by Hugging Face name on rank 0: what export gives with grads for weights."""
     hf = HfModelConfig.from_folder(config.model.path)
-    (model,) = actor._models
-    model.zero_grad_buffer()
+    for model in actor._models:
+        model.zero_grad_buffer()
     forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
-    group = data_group()
-    for bucket in (bucket for buffer in model.buffers for bucket in buffer.buckets):
-        # Each data-parallel rank has reduced its shard only; tied embeddings are a bucket apart.
+    for model in actor._models:
+        for buffer in model.buffers:
+            _complete(buffer, data_group())
+        for buffer in model.expert_parallel_buffers:
+            _complete(buffer, expert_data_group())
+    parameters = [p for model in actor._models for p in model.parameters()]
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(parameter.main_grad)
+        exported = dict(actor.export())
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    return exported
+
+
+def _complete(buffer: Any, group: dist.ProcessGroup) -> None:
+    """Each data-parallel rank has reduced its shard only; tied embeddings are a bucket apart."""
+    for bucket in buffer.buckets:
         shards = [shard.clone() for shard in bucket.grad_data.chunk(group.size())]
         dist.all_gather(shards, shards[group.rank()].clone(), group=group)
         bucket.grad_data.copy_(torch.cat(shards))
-    kept = [p.detach().clone() for p in model.parameters()]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.main_grad)
-        exported = dict(actor.export())
-        for parameter, value in zip(model.parameters(), kept, strict=True):
-            parameter.copy_(value)
-    return exported
+
+
+def short_story(info: RankInfo, config: Config, batches: Sequence[MicroBatch]) -> dict[str, Any]:
+    """Load, export, score, differentiate and update twice in one layout."""
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        mine = share(batches, state)
+        story: dict[str, Any] = {"dp_rank": state.dp_rank, "initial": dict(actor.export())}
+        story["scores"] = actor.score(mine)
+        story["grads"] = grads(actor, config, mine, state)
+        story["updates"] = [actor.update(mine, weighted_loss, i) for i in range(2)]
+        story["final"] = dict(actor.export())
+        return story
 
 
 def loss_and_grads(

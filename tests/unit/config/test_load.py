@@ -155,7 +155,8 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
         ("rollout.top_p=0", "must be greater than 0 and at most 1"),
         ("rollout.top_k=0", "-1 (off) or at least 1"),
         ("rollout.max_staleness=1", "only 0 (synchronous"),
-        ("parallel.expert=2", "only 1 is supported"),
+        ("parallel.expert=2", "must divide tensor x context x data = 1"),
+        ("parallel.virtual=0", "must be at least 1"),
         ("run.name=../x", "a folder name of letters"),
     ],
 )

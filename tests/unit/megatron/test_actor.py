@@ -148,7 +148,7 @@ def test_a_folder_without_its_tensors_is_refused(folder, state, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"parallel": ParallelConfig(expert=2)}, "parallel.expert=2"),
+        ({"parallel": ParallelConfig(expert=2)}, "parallel.expert=2: must divide tensor x context"),
         ({"parallel": ParallelConfig(data=2)}, "= 2, but 1 trainer ranks"),
     ],
     ids=["expert", "world"],

@@ -75,20 +75,20 @@ class PolicyModel(GPTModel):
     """GPTModel whose forward ends at the hidden states, on the last stage too.
 
     Log-probs are needed for sampled tokens only, which are a minority of a trajectory with tool
-    replies; so the output layer is applied to chosen rows by `logits`, not to everything.
+    replies; so `logprobs.py` applies the output layer to chosen rows, not to everything.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[s, b, h]; after the final norm on the last stage."""
         return hidden_states
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, h] -> [n, V/tp]. Last stage only; its tensor-parallel ranks call together."""
-        weight = None
+    def output_weight(self) -> Tensor:
+        """[V/tp, h] of the output layer, the embedding's if they are tied. Last stage only."""
         if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        output, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)
-        return output.squeeze(1)
+            return self.shared_embedding_or_output_weight()
+        weight = self.output_layer.weight
+        assert weight is not None, "the output layer has no weight of its own if they are tied"
+        return weight
 
 
 def padded_vocab_size(hf: HfModelConfig, tp_size: int) -> int:

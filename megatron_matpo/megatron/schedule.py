@@ -66,7 +66,8 @@ def micro_batch_logprobs(
     # Row b*s in the order of the micro-batch is row (s, b) of the hidden states.
     chosen = hidden.reshape(s * b, -1).index_select(0, (rows % s) * b + rows // s)
     logprobs, entropy = vocab_parallel_logprobs(
-        model.logits(chosen),
+        chosen,
+        model.output_weight(),
         batch.labels.reshape(-1)[rows],
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,

@@ -217,25 +217,36 @@ def non_finite_updates(
 
 
 def sharded_logprobs(
-    info: RankInfo, config: Config, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int
+    info: RankInfo,
+    config: Config,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
 ) -> list[dict[str, torch.Tensor]]:
-    """`vocab_parallel_logprobs` of this rank's columns for several chunk sizes, with gradients."""
+    """`vocab_parallel_logprobs` of this rank's rows for several chunk sizes, with gradients."""
     results = []
     with layout(info, config) as state:
         for chunk_tokens in (1, 3, 1000):
-            columns = logits.chunk(state.tp_size, dim=-1)[state.tp_rank].clone().requires_grad_()
+            rows = weight.chunk(state.tp_size)[state.tp_rank].clone().requires_grad_()
+            states = hidden.clone().requires_grad_()
             logprobs, entropy = vocab_parallel_logprobs(
-                columns * 1,
+                states,
+                rows,
                 labels,
                 vocab_size=vocab_size,
                 temperature=0.7,
                 tp_group=tensor_group(),
                 chunk_tokens=chunk_tokens,
             )
-            weights = torch.arange(1, labels.numel() + 1, dtype=torch.float32).view_as(labels)
-            (logprobs * weights).sum().backward()
+            (logprobs * torch.arange(1.0, labels.numel() + 1)).sum().backward()
             results.append(
-                {"logprobs": logprobs.detach(), "entropy": entropy, "grad": columns.grad}
+                {
+                    "logprobs": logprobs.detach(),
+                    "entropy": entropy,
+                    "grad_hidden": states.grad,
+                    "grad_weight": rows.grad,
+                }
             )
     return results
 

@@ -20,7 +20,6 @@ from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron import cpu_backend, hf_io
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import empty_micro_batch
-from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
 from megatron_matpo.megatron.optimizer import learning_rate
 from megatron_matpo.megatron.parallel import ParallelState, destroy_parallel, init_parallel
 from tests.helpers.dist import free_port
@@ -177,15 +176,3 @@ def test_the_cpu_backend_leaves_torch_alone():
     assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
-
-
-def test_logprobs_of_bfloat16_logits_are_float32():
-    logits = torch.randn(4, 6).bfloat16()
-    labels = torch.arange(4)
-    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=6, chunk_tokens=3)
-    table = logits.double().log_softmax(-1)
-    assert logprobs.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logprobs.double(), table[labels, labels], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        entropy.double(), -(table.exp() * table).sum(-1), rtol=1e-6, atol=1e-6
-    )

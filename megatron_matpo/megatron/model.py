@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.memory_policy import recompute_options
 from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
 
 
@@ -144,6 +145,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         cuda_graph_impl="none",
+        **recompute_options(config.train),
     )
 
 

@@ -122,7 +122,9 @@ def _shard(member: Any, parameter: Tensor) -> _Shard:
     group, index = member.model_param_group_index_map[parameter]
     main = member.optimizer.param_groups[group]["params"][index]
     moments = member.optimizer.state[main]
-    tensors = {"param": main, **{kind: moments[kind] for kind in _KINDS[1:]}}
+    # An offloaded optimizer keeps its fp32 parameters beside the moments, on the host.
+    fp32 = moments.get("master_param", main)
+    tensors = {"param": fp32, **{kind: moments[kind] for kind in _KINDS[1:]}}
     return _Shard(owned.start, owned.end, tensors)
 
 
@@ -148,9 +150,10 @@ def _step(member: Any) -> int:
 
 def _set_step(member: Any, step: int) -> None:
     """The inverse of `_step`."""
-    if isinstance(member.optimizer, torch.optim.AdamW):
-        for state in member.optimizer.state.values():
-            state["step"].fill_(float(step))
+    counters = [s["step"] for s in member.optimizer.state.values() if "step" in s]
+    for counter in counters:
+        counter.fill_(float(step))
+    if counters:
         return
     for group in member.optimizer.param_groups:
         group["step"] = step

@@ -28,7 +28,9 @@ SHARE_SLACK_S = 60.0
 
 def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     """Form the process groups, build the model, and connect the parts. All ranks call."""
-    state, actor = build_actor(config, clock)
+    # The original's scheduler moves once per step.
+    per_step = 1 if config.compat == "reference" else config.algo.updates_per_step
+    state, actor = build_actor(config, clock, config.run.steps * per_step)
     plan = Plan.from_json((run_dir / "plan.json").read_text())
     return Run(
         config=config,

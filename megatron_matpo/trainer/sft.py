@@ -30,7 +30,7 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
     config = replace(config, rollout=replace(config.rollout, temperature=1.0))
     tokenizer = Tokenizer.load(config.model.path)
     samples = read_conversations(config.sft.data, tokenizer, config.rollout.context_length)
-    state, actor = build_actor(config, clock)
+    state, actor = build_actor(config, clock, config.sft.steps)
     learner = SupervisedLearner(config, actor, state)
     log = RunLog(config, run_dir) if state.is_logging_rank else None
     progress = load_progress(actor, run_dir, clock)

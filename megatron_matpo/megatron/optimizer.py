@@ -110,9 +110,7 @@ def step(optimizer: MegatronOptimizer, optim: OptimConfig, update_index: int) ->
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
-        raise NonFiniteError(
-            f"gradient norm {grad_norm} at update {update_index}; nothing was changed"
-        )
+        raise NonFiniteError(f"gradient norm {grad_norm} at update {update_index}")
     if optim.clip_grad > 0:
         clip_grad_by_total_norm_fp32(
             member_of(optimizer).get_parameters(),

@@ -98,11 +98,11 @@ class _Pass:
         self._batches = [batch.to(state.device) for batch in micro_batches]
         self._state, self._config, self._vocab_size = state, config, vocab_size
 
-    def run(self, loss_fn: LossFn | None) -> list[Any]:
+    def run(self, loss_fn: LossFn | None, *, sum_grads: bool = True) -> list[Any]:
         """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`."""
         first = self._batches[0]
         for model in self._models:
-            unwrap(model).config.finalize_model_grads_func = _sum_grads
+            unwrap(model).config.finalize_model_grads_func = _sum_grads if sum_grads else None
         return get_forward_backward_func()(
             forward_step_func=self._forward_step(loss_fn),
             data_iterator=iter(self._batches),
@@ -175,15 +175,19 @@ def forward_backward(
     config: Config,
     *,
     vocab_size: int,
+    sum_grads: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Accumulate and reduce gradients. Every rank calls; replicas bring equally many micro-batches.
 
     Afterwards the DDP buffers hold the sum over micro-batches and data-parallel ranks (each rank
-    its shard of it, as Megatron's distributed optimizer wants). Buffers must be zero before.
+    its shard of it, as Megatron's distributed optimizer wants). Buffers must be zero before. With
+    `sum_grads` off they hold what this rank's own micro-batches gave.
 
     Returns:
         On the last stage, per micro-batch, the metrics of `loss_fn` and its value as `loss`; on
         other stages an empty list.
     """
-    results = _Pass(models, micro_batches, state, config, vocab_size).run(loss_fn)
+    results = _Pass(models, micro_batches, state, config, vocab_size).run(
+        loss_fn, sum_grads=sum_grads
+    )
     return [{"loss": loss.detach(), **metrics} for loss, metrics in results]

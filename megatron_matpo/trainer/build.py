@@ -20,6 +20,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import PolicyLearner
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
+from megatron_matpo.trainer.throughput import Throughput
 from megatron_matpo.weight_sync.broadcast import BroadcastSync, NoEngines, PushOnce
 
 SHARE_SLACK_S = 60.0
@@ -36,11 +37,12 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
         config=config,
         run_dir=run_dir,
         actor=actor,
-        learner=PolicyLearner(config, actor, state),
+        learner=PolicyLearner(config, actor, state, run_dir),
         rollouts=_build_rollouts(config, plan, state),
         sync=_build_sync(config, plan, actor, state),
         clock=clock,
         log=RunLog(config, run_dir) if state.is_logging_rank else None,
+        throughput=Throughput.of(config),
     )
 
 

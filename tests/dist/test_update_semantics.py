@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from megatron_matpo.config import Config
 from megatron_matpo.config.train import ModelConfig
 from megatron_matpo.megatron.batch import MicroBatch
-from megatron_matpo.types import Episode, RolloutBatch, Trajectory, Turn
 from tests.helpers.dist import RankPool
 from tests.helpers.episodes import make_batch as make_episodes
-from tests.helpers.learner_ranks import learned, with_algo
+from tests.helpers.learner_ranks import for_tiny_model, learned, with_algo
 from tests.helpers.megatron_ranks import (
     layout_error,
     non_finite_updates,
@@ -30,7 +29,7 @@ from tests.helpers.megatron_ranks import (
     random_init,
     sharded_logprobs,
 )
-from tests.helpers.tiny import VOCAB_SIZE, make_batch, make_tiny_model, tiny_config
+from tests.helpers.tiny import make_batch, make_tiny_model, tiny_config
 
 pytestmark = pytest.mark.dist
 
@@ -65,30 +64,6 @@ def test_gradients_do_not_depend_on_the_cut(ranks: RankPool, model_folder, whole
     for name, value in whole_grads.items():
         tolerance = 1e-5 * float(value.abs().max())
         torch.testing.assert_close(actual[name], value, rtol=1e-5, atol=tolerance)
-
-
-def for_tiny_model(batch: RolloutBatch) -> RolloutBatch:
-    """The same trees with token ids that the tiny model has, and log-probs about as large."""
-
-    def turn(item: Turn) -> Turn:
-        return dataclasses.replace(
-            item,
-            token_ids=[token % VOCAB_SIZE for token in item.token_ids],
-            logprobs=[value - 2.6 for value in item.logprobs],
-        )
-
-    def trajectory(item: Trajectory) -> Trajectory:
-        return dataclasses.replace(item, turns=tuple(map(turn, item.turns)))
-
-    def episode(item: Episode) -> Episode:
-        workers = tuple(map(trajectory, item.workers))
-        return dataclasses.replace(item, planner=trajectory(item.planner), workers=workers)
-
-    groups = [
-        dataclasses.replace(group, episodes=tuple(map(episode, group.episodes)))
-        for group in batch.groups
-    ]
-    return dataclasses.replace(batch, groups=tuple(groups))
 
 
 def learner_configs(folder: Path, **layout: int) -> list[Config]:
@@ -135,13 +110,19 @@ def test_the_compared_steps_use_every_term(learned_alone):
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
 def test_bad_numbers_change_nothing(ranks: RankPool, model_folder, layout):
+    """And are found where they are: by token, or where only weights overflow, by micro-batch."""
     config = tiny_config(model_folder, **layout)
-    stories = ranks.run(non_finite_updates, 2, config, [BATCH, BATCH])
+    batches = [BATCH, make_batch((2, 9), 6)]
+    stories = ranks.run(non_finite_updates, 2, config, batches)
     original = load_file(model_folder / "model.safetensors")
+    everything = {f"5/{row}" for row in range(8)} | {"6/0", "6/1"}
     for story in stories:
-        loss_error, grad_error = story["errors"]
-        assert loss_error == "loss nan at update 0; nothing was changed"
-        assert grad_error.startswith("gradient norm ")
+        loss, grad, overflow = story["refused"]
+        assert loss[0].startswith("loss nan at update 0; nothing was changed; not finite in traj")
+        assert loss[1] == dict.fromkeys(sorted(everything), ("gradient",))
+        assert grad[0].startswith("gradient norm ") and grad[1] == loss[1]
+        assert overflow[0].startswith("gradient norm ")
+        assert overflow[1] == {"6/0": ("weight_gradient",), "6/1": ("weight_gradient",)}
         assert story["good"].loss == stories[0]["good"].loss
     for name, value in stories[0]["kept"].items():
         assert torch.equal(value, original[name]), name

@@ -9,7 +9,7 @@ quickstart: setup
 	.venv/bin/matpo train recipes/quickstart.yaml
 
 test: lint
-	.venv/bin/python -m pytest -m "not gpu"
+	.venv/bin/python -m pytest -m "not gpu and not sweep"
 
 lint: setup
 	.venv/bin/ruff check .

@@ -87,7 +87,7 @@ def mismatch_metrics(
     `mismatch/abs_logprob` is the token mean of |trainer - engine|; `mismatch/k3` the token mean of
     exp(d) - 1 - d with d = trainer - engine, an estimate of KL(engine || trainer) (k3 estimator,
     J. Schulman, "Approximating KL divergence", 2020); both also by role. `mismatch/max` is the
-    largest difference.
+    largest difference, by role `mismatch/abs_logprob/ROLE/max`.
     """
     with torch.no_grad():
         difference = (logprobs - rollout_logprobs) * means.mask
@@ -98,7 +98,17 @@ def mismatch_metrics(
             "mismatch/max": difference.abs().max(),
             **means.by_role("mismatch/abs_logprob", difference.abs()),
             **means.by_role("mismatch/k3", k3),
+            **means.max_by_role("mismatch/abs_logprob", difference.abs()),
         }
+
+
+def policy_metrics(means: TokenMeans, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Token means `policy/NAME`, and `policy/NAME/ROLE` of planners' and workers' tokens."""
+    metrics: dict[str, Tensor] = {}
+    for name, value in values.items():
+        metrics[f"policy/{name}"] = means.total(value)
+        metrics |= means.by_role(f"policy/{name}", value)
+    return metrics
 
 
 def importance_metrics(importance: ImportanceWeights, means: TokenMeans) -> dict[str, Tensor]:

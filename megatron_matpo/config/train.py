@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,27 @@ class OptimConfig:
     """AdamW (Megatron's distributed optimizer) and its schedule."""
 
     lr: float = 1e-5
+    schedule: str = "constant"
+    """`constant | linear | cosine`: the way from `lr` to `min_lr` after warm-up."""
     warmup_steps: int = 0
-    """Updates over which the learning rate rises linearly to `lr`; constant afterwards."""
+    """Updates over which the learning rate rises linearly to `lr`."""
+    decay_steps: int = 0
+    """Updates, warm-up included, after which it stays at `min_lr`. 0: all that the run can make
+    (`run.steps * algo.updates_per_step`; `run.steps` with `compat: reference`; `sft.steps`). A step
+    with fewer episodes than updates makes fewer, and then the schedule ends above `min_lr`."""
+    min_lr: float = 0.0
+    """Of `linear` and `cosine`."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+    offload: bool = False
+    """Keep fp32 parameters and moments in pinned host memory and update there; bf16 on GPU only."""
+
+    def planned(self, num_updates: int) -> OptimConfig:
+        """With `decay_steps` of a run that makes at most `num_updates`, where it is left open."""
+        return self if self.decay_steps else replace(self, decay_steps=num_updates)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,16 @@ class TrainConfig:
     """Deadline of every collective and of the process group's formation."""
     logprob_chunk_tokens: int = 2048
     """Tokens whose float32 logits exist at a time in the log-prob computation."""
+    recompute: str = "none"
+    """`none | selective | full`: activations made again in the backward pass instead of kept.
+    `selective`: those of the feed-forward part; `full`: all but the inputs of layers."""
+    on_non_finite: str = "stop"
+    """`stop | skip` an update whose loss or gradient is not finite; both write its batch to
+    `RUN/nonfinite/` and name its trajectories."""
+    max_skipped_updates: int = 3
+    """With `skip`: so many in a row are left out, the next one stops the run."""
+    peak_tflops: float = 0.0
+    """Peak of one device for `train/mfu`, in 10^12 FLOP/s; 0: by the device's name, if known."""
 
 
 @dataclass(frozen=True)

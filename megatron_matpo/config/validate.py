@@ -21,6 +21,7 @@ from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
+from megatron_matpo.config.validate_train import TRAIN_AT_LEAST, TRAIN_CHOICES, check_train
 from megatron_matpo.errors import ConfigError
 
 Command = Literal["train", "sft", "eval"]
@@ -39,6 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.tis": ("off", "truncate", "mask"),
     "algo.old_logprobs": ("trainer", "engine"),
     "obs.wandb_mode": ("auto", "online", "offline", "disabled"),
+    **TRAIN_CHOICES,
 }
 
 # Dotted path -> smallest allowed value.
@@ -85,18 +87,13 @@ _AT_LEAST: dict[str, float] = {
     "algo.dual_clip": 0,
     "algo.kl_coef": 0,
     "algo.tis_cap": 1,
-    "optim.lr": 0,
-    "optim.warmup_steps": 0,
-    "optim.weight_decay": 0,
-    "optim.clip_grad": 0,
-    "train.micro_batch_tokens": 1,
-    "train.logprob_chunk_tokens": 1,
     "weight_sync.bucket_mb": 1,
     "checkpoint.every": 0,
     "checkpoint.keep_last": 1,
     "obs.report_every": 0,
     "sft.steps": 1,
     "sft.batch_size": 1,
+    **TRAIN_AT_LEAST,
 }
 # Dotted paths of values that must be greater than 0.
 _POSITIVE = (
@@ -136,7 +133,7 @@ def check_values(config: Config) -> list[str]:
     ]
     for name, agent in config.agents.items():
         problems += check_agent(name, agent)
-    for check in (check_tools, check_reward, check_algo, check_eval):
+    for check in (check_tools, check_reward, check_algo, check_eval, check_train):
         problems += check(config)
     return problems
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from megatron_matpo.obs.metrics import FILE_NAME
+from megatron_matpo.obs.metrics_log import FILE_NAME
 from megatron_matpo.obs.progress import eta_s, format_duration, format_progress
 from megatron_matpo.obs.status import read_status
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use, previous_command
 from megatron_matpo.obs.failure import first_failure
-from megatron_matpo.obs.metrics import read_metrics
+from megatron_matpo.obs.metrics_log import read_metrics
 from megatron_matpo.obs.progress import format_duration, format_progress
 from megatron_matpo.obs.status import read_status
 

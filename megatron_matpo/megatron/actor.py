@@ -23,6 +23,7 @@ from megatron_matpo.megatron import checkpoint, hf_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.host_weights import HostWeights
 from megatron_matpo.megatron.model import build_model, wrap_ddp
+from megatron_matpo.megatron.nonfinite import Culprits, UpdateRefused, Watch, gather_culprits
 from megatron_matpo.megatron.parallel import ParallelState, data_group, pipeline_group
 from megatron_matpo.megatron.schedule import LossFn, forward_backward, forward_logprobs
 
@@ -111,28 +112,58 @@ class MegatronActor:
             update_index: place in the schedule of the learning rate: updates made before this one.
 
         Raises:
-            NonFiniteError: loss or gradient norm is not finite; parameters and optimizer state are
-                as before, and the actor can be used further.
+            UpdateRefused: loss or gradient norm is not finite; parameters and optimizer state are
+                as before, and the actor can be used further. Equal on all ranks.
         """
+        watch = Watch(loss_fn)
+        metrics = self._reduce(self._differentiate(micro_batches, watch))
+        loss = metrics.pop("loss")
+        try:
+            if not math.isfinite(loss):
+                raise NonFiniteError(f"loss {loss} at update {update_index}")
+            grad_norm = optimizer.step(self._optimizer, self._config.optim, update_index)
+        except NonFiniteError as error:
+            culprits = gather_culprits([item.culprits() for item in watch.seen])
+            culprits = culprits or self._locate(micro_batches, loss_fn)
+            raise UpdateRefused(str(error), culprits, watch.seen) from error
+        lr = optimizer.learning_rate(self._config.optim, update_index)
+        return UpdateResult(loss, grad_norm, lr, metrics)
+
+    def _differentiate(
+        self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn, *, sum_grads: bool = True
+    ) -> list[dict[str, Tensor]]:
+        """`schedule.forward_backward` into empty gradient buffers."""
         for model in self._models:
             model.train()
             model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        results = forward_backward(
+        return forward_backward(
             self._models,
             micro_batches,
             loss_fn,
             self._state,
             self._config,
             vocab_size=self._hf.vocab_size,
+            sum_grads=sum_grads,
         )
-        metrics = self._reduce(results)
-        loss = metrics.pop("loss")
-        if not math.isfinite(loss):
-            raise NonFiniteError(f"loss {loss} at update {update_index}; nothing was changed")
-        grad_norm = optimizer.step(self._optimizer, self._config.optim, update_index)
-        lr = optimizer.learning_rate(self._config.optim, update_index)
-        return UpdateResult(loss, grad_norm, lr, metrics)
+
+    def _locate(self, micro_batches: Sequence[MicroBatch], loss_fn: LossFn) -> Culprits:
+        """Trajectories of the micro-batches whose own gradient is not finite.
+
+        For an overflow inside the model, which no value of a trajectory shows: one backward pass
+        for each micro-batch, without the sum over replicas.
+        """
+        found: list[Culprits] = []
+        for batch in micro_batches:
+            self._differentiate([batch], loss_fn, sum_grads=False)
+            buffers = [
+                buffer
+                for model in self._models
+                for buffer in (*model.buffers, *model.expert_parallel_buffers)
+            ]
+            if not all(bool(torch.isfinite(buffer.grad_data).all()) for buffer in buffers):
+                found.append(dict.fromkeys(batch.sample_ids, ("weight_gradient",)))
+        return gather_culprits(found)
 
     def _reduce(self, results: list[dict[str, Tensor]]) -> dict[str, float]:
         """Combine the metrics of all tokens of all replicas; equal on every rank."""

@@ -48,6 +48,9 @@ class MicroBatch:
     """[t] float32; of the initial policy, if the loss has a KL penalty."""
     sample_ids: tuple[str, ...] = ()
     """One per sample; empty for padding micro-batches."""
+    sample_index: Tensor | None = None
+    """[t] int64; whose each token is, -1 for padding. Set by `place`: in padded and cut rows
+    `lengths` does not tell."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy whose tensors are on `device`; itself if they are already."""
@@ -116,6 +119,9 @@ def place(batch: MicroBatch, state: ParallelState, num_tokens: int = 0) -> Place
     source = source.to(device)
     is_real, index = source >= 0, source.clamp(min=0)
     mine = {name: value[index].where(is_real, 0) for name, value in batch.tensors().items()}
+    numbers = torch.arange(len(batch.lengths), device=device)
+    owners = numbers.repeat_interleave(torch.tensor(batch.lengths, device=device))
+    mine["sample_index"] = owners[index].where(is_real, -1)
     return PlacedBatch(dataclasses.replace(batch, **mine), segments, source)
 
 

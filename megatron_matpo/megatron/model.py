@@ -30,6 +30,7 @@ from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron.attention import PackedAttention
 from megatron_matpo.megatron.layer_spec import block_spec, family_settings, require_engine
+from megatron_matpo.megatron.memory_policy import recompute_options
 from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
 from megatron_matpo.megatron.rope import inverse_frequencies
 
@@ -38,7 +39,7 @@ class PolicyModel(GPTModel):
     """GPTModel whose forward ends at the hidden states, on the last stage too.
 
     Log-probs are needed for sampled tokens only, which are a minority of a trajectory with tool
-    replies; so the output layer is applied to chosen rows by `logits`, not to everything.
+    replies; so `logprobs.py` applies the output layer to chosen rows, not to everything.
     """
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -54,13 +55,13 @@ class PolicyModel(GPTModel):
             hidden_states, tensor_parallel_output_grad=False
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, h] -> [n, V/tp]. Last stage only; its tensor-parallel ranks call together."""
-        weight = None
+    def output_weight(self) -> Tensor:
+        """[V/tp, h] of the output layer, the embedding's if they are tied. Last stage only."""
         if self.share_embeddings_and_output_weights:
-            weight = self.shared_embedding_or_output_weight()
-        output, _ = self.output_layer(hidden.unsqueeze(1), weight=weight)
-        return output.squeeze(1)
+            return self.shared_embedding_or_output_weight()
+        weight = self.output_layer.weight
+        assert weight is not None, "the output layer has no weight of its own if they are tied"
+        return weight
 
 
 def padded_vocab_size(hf: HfModelConfig, tp_size: int) -> int:
@@ -128,6 +129,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         cuda_graph_impl="none",
         **family_settings(hf, on_cpu),
+        **recompute_options(config.train),
     )
 
 

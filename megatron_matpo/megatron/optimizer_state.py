@@ -126,7 +126,9 @@ def _shard(members: Sequence[Any], parameter: Tensor) -> _Shard:
             group, index = member.model_param_group_index_map[parameter]
             main = member.optimizer.param_groups[group]["params"][index]
             moments = member.optimizer.state[main]
-            tensors = {"param": main, **{kind: moments[kind] for kind in _KINDS[1:]}}
+            # An offloaded optimizer keeps its fp32 parameters beside the moments, on the host.
+            fp32 = moments.get("master_param", main)
+            tensors = {"param": fp32, **{kind: moments[kind] for kind in _KINDS[1:]}}
             return _Shard(owned.start, owned.end, tensors)
     return _Shard(0, 0, {})
 
@@ -159,9 +161,10 @@ def _step(members: Sequence[Any]) -> int:
 def _set_step(members: Sequence[Any], step: int) -> None:
     """The inverse of `_step`."""
     for member in members:
-        if isinstance(member.optimizer, torch.optim.AdamW):
-            for state in member.optimizer.state.values():
-                state["step"].fill_(float(step))
+        counters = [s["step"] for s in member.optimizer.state.values() if "step" in s]
+        for counter in counters:
+            counter.fill_(float(step))
+        if counters:
             continue
         for group in member.optimizer.param_groups:
             group["step"] = step

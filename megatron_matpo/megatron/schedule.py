@@ -76,7 +76,8 @@ def micro_batch_logprobs(
         # Some row must go through the output layer, or the backward pass has nothing to start from.
         rows = rows.new_zeros(1)
     logprobs, entropy = vocab_parallel_logprobs(
-        model.logits(hidden.squeeze(1).index_select(0, rows)),
+        hidden.squeeze(1).index_select(0, rows),
+        model.output_weight(),
         batch.labels[rows],
         vocab_size=vocab_size,
         temperature=config.rollout.temperature,
@@ -119,10 +120,10 @@ class _Pass:
         """Per micro-batch, where this rank's tokens come from; see `PlacedBatch`."""
         return [placed.source for placed in self._batches[: self._num_real]]
 
-    def run(self, loss_fn: LossFn | None) -> list[Any]:
+    def run(self, loss_fn: LossFn | None, *, sum_grads: bool = True) -> list[Any]:
         """Per micro-batch, on the last stage: metrics, or (logprobs, entropy) without `loss_fn`."""
         for model in self._models:
-            unwrap(model).config.finalize_model_grads_func = _sum_grads
+            unwrap(model).config.finalize_model_grads_func = _sum_grads if sum_grads else None
         # The interleaved schedule goes through the micro-batches once for each chunk of the model.
         iterators = [iter(self._batches) for _ in self._models]
         results = get_forward_backward_func()(
@@ -207,16 +208,19 @@ def forward_backward(
     config: Config,
     *,
     vocab_size: int,
+    sum_grads: bool = True,
 ) -> list[dict[str, Tensor]]:
     """Accumulate and reduce gradients. Every rank calls; replicas bring equally many micro-batches.
 
     Afterwards the DDP buffers hold the sum over micro-batches, data- and context-parallel ranks
     (each rank its shard of it, as Megatron's distributed optimizer wants). Buffers must be zero
-    before.
+    before. With `sum_grads` off they hold what this rank's own tokens gave.
 
     Returns:
         On the last stage, per micro-batch, the metrics of `loss_fn` and its value as `loss`, of
         this rank's tokens; on other stages an empty list.
     """
-    results = _Pass(models, micro_batches, state, config, vocab_size).run(loss_fn)
+    results = _Pass(models, micro_batches, state, config, vocab_size).run(
+        loss_fn, sum_grads=sum_grads
+    )
     return [{"loss": loss.detach(), **metrics} for loss, metrics in results]

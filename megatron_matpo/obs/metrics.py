@@ -1,4 +1,4 @@
-"""The registry of metric names, and `metrics.jsonl`: one JSON object per training step.
+"""The registry of metric names; `metrics_log.py` writes their values.
 
 A name that is not in `METRICS` cannot be written, so `docs/metrics.md`, which is generated from the
 registry, never lacks one. Values arrive reduced over ranks; `reduction` says how that was done.
@@ -6,17 +6,9 @@ registry, never lacks one. Values arrive reduced over ranks; `reduction` says ho
 
 from __future__ import annotations
 
-import json
-import math
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
-
-from megatron_matpo.obs.files import write_atomic
-
-FILE_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +83,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "KL(engine, trainer) by the k3 estimator: ratio - 1 - log(ratio).",
     ),
     MetricSpec(
+        "mismatch/abs_logprob/*/max",
+        "nat",
+        "maximum over the trained tokens of a role, all ranks",
+        "The largest difference of planners' and of workers' tokens.",
+    ),
+    MetricSpec(
         "mismatch/abs_logprob/*",
         "nat",
         _TOKENS_OF_ROLE,
@@ -115,6 +113,15 @@ METRICS: tuple[MetricSpec, ...] = (
         "nat",
         _TOKENS,
         "KL of the policy and the initial one, by `algo.kl_estimator`; only with `algo.kl_coef`.",
+    ),
+    *(
+        MetricSpec(f"policy/{name}/*", unit, _TOKENS_OF_ROLE, "The same for planners and workers.")
+        for name, unit in (
+            ("entropy", "nat"),
+            ("clip_frac", "[0, 1]"),
+            ("ratio", ""),
+            ("kl", "nat"),
+        )
     ),
     MetricSpec(
         "policy/tis_weight/*",
@@ -149,6 +156,13 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     _required("optim/lr", "", "value of the last update", "Learning rate."),
     _required("optim/updates", "count", "sum", "Optimizer updates in this step."),
+    MetricSpec(
+        "optim/skipped_updates",
+        "count",
+        "sum",
+        "Updates left out because they were not finite (`train.on_non_finite`); their tokens count "
+        "as 0 in the step's means over tokens, and what no update gave is null.",
+    ),
     MetricSpec("optim/*", "", "last update", "Other numbers of the optimizer."),
     _required(
         "train/packing_efficiency",
@@ -162,6 +176,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "sum over ranks, each token once",
         "Sampled tokens that carried loss.",
     ),
+    MetricSpec(
+        "tokens/trained/*",
+        "tokens",
+        "sum over ranks, each token once",
+        "By role of the trajectory.",
+    ),
     _required("tokens/sampled", "tokens", "sum", "Tokens that the engines sampled for this step."),
     MetricSpec(
         "tokens/sampled_per_s", "tokens/s", "sum over the collection's wall clock", "Throughput."
@@ -171,6 +191,25 @@ METRICS: tuple[MetricSpec, ...] = (
     ),
     MetricSpec("tokens/context", "tokens", "sum", "Lengths of all contexts."),
     MetricSpec("tokens/*", "tokens", "sum", "Other token counts (context, padding, ...)."),
+    MetricSpec(
+        "train/tokens_per_s",
+        "tokens/s",
+        "sum over ranks / `time/train_s`",
+        "Tokens of all trained trajectories, prompts and tool replies included.",
+    ),
+    MetricSpec(
+        "train/tflops_per_device",
+        "10^12 FLOP/s",
+        "mean over the trainer's devices, during `time/train_s`",
+        "Model FLOPs by the formula in `config/flops.py`: causal attention, forward and backward "
+        "pass, recomputation not counted.",
+    ),
+    MetricSpec(
+        "train/mfu",
+        "[0, 1]",
+        "mean over the trainer's devices, during `time/train_s`",
+        "The same over the device's peak (`train.peak_tflops`, or by its name); absent if unknown.",
+    ),
     _required("time/rollout_s", "s", "wall clock", "Waiting for the step's episodes."),
     _required("time/score_s", "s", "wall clock", "Old and reference log-probs."),
     _required("time/train_s", "s", "wall clock", "Forward, backward and optimizer."),
@@ -302,73 +341,6 @@ def check(values: Mapping[str, float], *, partial: bool = False) -> None:
     missing = sorted(REQUIRED - values.keys() - {"step"})
     if missing and not partial:
         raise ValueError(f"metrics of a step lack {', '.join(missing)}")
-
-
-class MetricsWriter:
-    """Appends to `RUN/metrics.jsonl`; one writer per run."""
-
-    def __init__(self, run_dir: str | Path) -> None:
-        """Open the file; a last line that a crash cut short is removed."""
-        self.path = Path(run_dir) / FILE_NAME
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
-            self._rewrite(_read_lines(self.path))
-
-    def write(self, step: int, values: Mapping[str, float], *, partial: bool = False) -> None:
-        """Append one line with `step` and `values`; on return it is on disk.
-
-        A NaN or infinite value is written as null: JSON has no such numbers. `partial` is for lines
-        that are not a training step (an evaluation before the first one).
-
-        Raises:
-            ValueError: unknown name, not a number, or a required name is missing.
-        """
-        check(values, partial=partial)
-        line = {"step": step} | {
-            name: value if math.isfinite(value) else None
-            for name, value in values.items()
-            if name != "step"
-        }
-        data = (json.dumps(line, allow_nan=False) + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            written = os.write(descriptor, data)  # one call: lines of two writers cannot mix
-            if written != len(data):
-                raise OSError(
-                    f"{self.path}: wrote {written} of {len(data)} bytes; is the disk full?"
-                )
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def truncate_after(self, step: int) -> None:
-        """Drop lines with a larger step (a resumed run writes them again)."""
-        if self.path.exists():
-            lines = _read_lines(self.path)
-            kept = [line for line in lines if (line["step"] or 0) <= step]
-            if len(kept) < len(lines):
-                self._rewrite(kept)
-
-    def _rewrite(self, lines: Iterable[Mapping[str, object]]) -> None:
-        write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, float | None]]:
-    """All complete lines of a run, in order; empty if there are none."""
-    path = Path(run_dir) / FILE_NAME
-    return _read_lines(path) if path.exists() else []
-
-
-def _read_lines(path: Path) -> list[dict[str, float | None]]:
-    lines: list[dict[str, float | None]] = []
-    for raw in path.read_bytes().split(b"\n"):
-        try:
-            value = json.loads(raw) if raw.strip() else None
-        except ValueError:
-            continue  # cut short by a crash
-        if isinstance(value, dict) and "step" in value:
-            lines.append(value)
-    return lines
 
 
 def render_docs() -> str:

@@ -19,7 +19,7 @@ from megatron_matpo.config.root import Config
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.obs.conversations import read_conversations
 from megatron_matpo.obs.files import write_atomic
-from megatron_matpo.obs.metrics import read_metrics
+from megatron_matpo.obs.metrics_log import read_metrics
 
 FILE_NAME = "report.html"
 PAGE = Path(__file__).with_name("page")

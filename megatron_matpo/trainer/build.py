@@ -20,6 +20,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import PolicyLearner
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
+from megatron_matpo.trainer.throughput import Throughput
 from megatron_matpo.weight_sync.broadcast import BroadcastSync, NoEngines, PushOnce
 
 SHARE_SLACK_S = 60.0
@@ -28,17 +29,20 @@ SHARE_SLACK_S = 60.0
 
 def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     """Form the process groups, build the model, and connect the parts. All ranks call."""
-    state, actor = build_actor(config, clock)
+    # The original's scheduler moves once per step.
+    per_step = 1 if config.compat == "reference" else config.algo.updates_per_step
+    state, actor = build_actor(config, clock, config.run.steps * per_step)
     plan = Plan.from_json((run_dir / "plan.json").read_text())
     return Run(
         config=config,
         run_dir=run_dir,
         actor=actor,
-        learner=PolicyLearner(config, actor, state),
+        learner=PolicyLearner(config, actor, state, run_dir),
         rollouts=_build_rollouts(config, plan, state),
         sync=_build_sync(config, plan, actor, state),
         clock=clock,
         log=RunLog(config, run_dir) if state.is_logging_rank else None,
+        throughput=Throughput.of(config),
     )
 
 

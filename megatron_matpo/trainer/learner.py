@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 from torch import Tensor
 
@@ -19,6 +22,7 @@ from megatron_matpo.algo.token_metrics import (
     TokenMeans,
     importance_metrics,
     mismatch_metrics,
+    policy_metrics,
     with_sample_sizes,
 )
 from megatron_matpo.config import Config
@@ -39,6 +43,8 @@ from megatron_matpo.megatron.actor import MegatronActor, UpdateResult
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.megatron.schedule import LossFn
+from megatron_matpo.obs.metrics import REQUIRED
+from megatron_matpo.trainer.nonfinite import NonFinitePolicy
 from megatron_matpo.trainer.tensors import to_micro_batch
 from megatron_matpo.types import TrainSample
 
@@ -87,11 +93,14 @@ def packed(
 class PolicyLearner:
     """The policy-gradient step: N updates over one rollout batch."""
 
-    def __init__(self, config: Config, actor: MegatronActor, state: ParallelState) -> None:
-        """Keep the parts."""
+    def __init__(
+        self, config: Config, actor: MegatronActor, state: ParallelState, run_dir: Path
+    ) -> None:
+        """Keep the parts; batches of refused updates go to `run_dir`."""
         self._config = config
         self._actor = actor
         self._state = state
+        self._policy = NonFinitePolicy(config.train, run_dir, state)
 
     def prepare(self, samples: Sequence[TrainSample]) -> list[Update]:
         """Split `samples` (the same list on every rank) into updates, with log-probs to compare to.
@@ -154,20 +163,29 @@ class PolicyLearner:
                 which the original's scheduler moves once per step.
 
         Raises:
-            NonFiniteError: before the optimizer moves.
+            NonFiniteError: before the optimizer moves; with `train.on_non_finite=skip` only after
+                too many updates were skipped in a row.
         """
-        is_reference = self._config.compat == "reference"
-        results = [
-            self._actor.update(
-                update.batches,
-                policy_loss_fn(self._config.algo, update),
-                finished_steps if is_reference else first_update + i,
+        results: list[UpdateResult] = []
+        for index, update in enumerate(updates):
+            place = first_update + len(results)
+            if self._config.compat == "reference":
+                place = finished_steps
+            result = self._policy.attempt(
+                partial(
+                    self._actor.update,
+                    update.batches,
+                    policy_loss_fn(self._config.algo, update),
+                    place,
+                ),
+                step=finished_steps + 1,
+                index=index,
             )
-            for i, update in enumerate(updates)
-        ]
+            if result is not None:
+                results.append(result)
         packing = sum(u.num_tokens for u in updates) / sum(u.room_tokens for u in updates)
-        metrics = with_sample_sizes(_combine(results))
-        return LearnResult({**metrics, "train/packing_efficiency": packing}, len(results))
+        metrics = with_sample_sizes(_combine(results)) | {"train/packing_efficiency": packing}
+        return _learned(metrics, len(results), len(updates) - len(results))
 
     def _split(self, samples: Sequence[TrainSample]) -> tuple[list[list[TrainSample]], list[float]]:
         """Weighted samples of each update, and the denominators of their losses."""
@@ -218,17 +236,15 @@ def policy_loss_fn(algo: AlgoConfig, update: Update) -> LossFn:
             kl = kl_penalty(logprobs, batch.reference_logprobs, algo.kl_estimator)
             penalty = algo.kl_coef * (kl * batch.loss_weights).sum() / update.denominator
             loss = loss + penalty
-            metrics |= {"loss/kl": penalty, "policy/kl": means.total(kl)}
+            metrics |= {"loss/kl": penalty, **policy_metrics(means, {"kl": kl})}
         if update.mismatch_counts is not None:
             metrics |= mismatch_metrics(
                 logprobs if algo.old_logprobs == "engine" else old,
                 batch.rollout_logprobs,
                 replace(means, counts=update.mismatch_counts),
             )
-        metrics["policy/ratio"] = means.total(ratio)
-        metrics["policy/clip_frac"] = means.total(outside)
-        metrics["policy/entropy"] = means.total(entropy)
-        return loss, metrics
+        values = {"ratio": ratio, "clip_frac": outside, "entropy": entropy}
+        return loss, metrics | policy_metrics(means, values)
 
     return loss_fn
 
@@ -244,11 +260,14 @@ def _scored(
 class SupervisedLearner:
     """The supervised step: one update, negative log-likelihood of the assistant's tokens."""
 
-    def __init__(self, config: Config, actor: MegatronActor, state: ParallelState) -> None:
-        """Keep the parts."""
+    def __init__(
+        self, config: Config, actor: MegatronActor, state: ParallelState, run_dir: Path
+    ) -> None:
+        """Keep the parts; batches of refused updates go to `run_dir`."""
         self._config = config
         self._actor = actor
         self._state = state
+        self._policy = NonFinitePolicy(config.train, run_dir, state)
 
     def learn(self, samples: Sequence[TrainSample], first_update: int) -> LearnResult:
         """Train on `samples` once (the same list on every rank)."""
@@ -262,9 +281,23 @@ class SupervisedLearner:
             mean_entropy = (entropy * batch.loss_mask).sum() / denominator
             return loss, {"loss/sft": loss, "policy/entropy": mean_entropy}
 
-        metrics = _combine([self._actor.update(batches, loss_fn, first_update)])
-        metrics["train/packing_efficiency"] = num_tokens(samples) / room
-        return LearnResult(metrics, 1)
+        result = self._policy.attempt(
+            partial(self._actor.update, batches, loss_fn, first_update),
+            step=first_update + 1,
+            index=0,
+        )
+        made = [] if result is None else [result]
+        metrics = _combine(made) | {"train/packing_efficiency": num_tokens(samples) / room}
+        return _learned(metrics, len(made), 1 - len(made))
+
+
+def _learned(metrics: dict[str, float], num_made: int, num_skipped: int) -> LearnResult:
+    """The step's result; what skipped updates would have given is NaN where nothing else did."""
+    if num_skipped:
+        own = ("policy/", "loss/", "mismatch/", "optim/")
+        required = [name for name in REQUIRED if name.startswith(own)]
+        metrics = {**dict.fromkeys(required, math.nan), **metrics}
+    return LearnResult({**metrics, "optim/skipped_updates": num_skipped}, num_made)
 
 
 def _combine(results: Sequence[UpdateResult]) -> dict[str, float]:

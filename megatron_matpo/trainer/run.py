@@ -16,13 +16,14 @@ from megatron_matpo.evaluation.inputs import FOLDER as EVALUATIONS
 from megatron_matpo.evaluation.results import episode_results
 from megatron_matpo.evaluation.summary import metrics, summarize
 from megatron_matpo.megatron.actor import MegatronActor
-from megatron_matpo.obs.metrics import MetricsWriter
+from megatron_matpo.obs.metrics_log import MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
 from megatron_matpo.obs.report import build_report
 from megatron_matpo.obs.wandb_log import WandbLog
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
 from megatron_matpo.trainer.rollouts import Rollouts
+from megatron_matpo.trainer.throughput import Throughput
 from megatron_matpo.types import PolicyVersion, RolloutBatch, TrainSample
 
 _log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class Run:
     sync: WeightSync
     clock: Clock
     log: RunLog | None
+    throughput: Throughput
 
     def resume(self) -> Progress:
         """Load the last checkpoint, or the initial model where there is none.
@@ -162,11 +164,13 @@ class Run:
         if self.log is None:
             return
         self.clock.enter("log")
+        times = self.clock.metrics
         values = {
             **batch.metrics,
             **reward_metrics(batch),
             **result.metrics,
-            **self.clock.metrics,
+            **times,
+            **self.throughput.metrics(samples, times["time/train_s"]),
             "policy_version": batch.policy_version + 1,
             "optim/updates": result.num_updates,
             "advantage/zero_groups": num_uninformative_groups(batch.groups)

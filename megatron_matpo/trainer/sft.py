@@ -17,6 +17,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import SupervisedLearner
 from megatron_matpo.trainer.process import run_rank
 from megatron_matpo.trainer.run import Progress, RunLog, is_due, load_progress, save_progress
+from megatron_matpo.trainer.throughput import Throughput
 
 
 def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
@@ -30,9 +31,10 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
     config = replace(config, rollout=replace(config.rollout, temperature=1.0))
     tokenizer = Tokenizer.load(config.model.path)
     samples = read_conversations(config.sft.data, tokenizer, config.rollout.context_length)
-    state, actor = build_actor(config, clock)
-    learner = SupervisedLearner(config, actor, state)
+    state, actor = build_actor(config, clock, config.sft.steps)
+    learner = SupervisedLearner(config, actor, state, run_dir)
     log = RunLog(config, run_dir) if state.is_logging_rank else None
+    throughput = Throughput.of(config)
     progress = load_progress(actor, run_dir, clock)
     if log is not None:
         log.resume_after(progress.step)
@@ -44,8 +46,10 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
             result = learner.learn(batch, progress.num_updates)
         progress = Progress(step, step, step)
         if log is not None:
-            tokens = {"tokens/trained": num_trained_tokens(batch)}
-            log.metrics(step, {**result.metrics, **clock.metrics, **tokens}, partial=True)
+            values = {**result.metrics, **clock.metrics}
+            values |= throughput.metrics(batch, values["time/train_s"])
+            values["tokens/trained"] = num_trained_tokens(batch)
+            log.metrics(step, values, partial=True)
         if step == config.sft.steps or is_due(config.checkpoint.every, step):
             save_progress(actor, run_dir, progress, clock)
     clock.enter("export")

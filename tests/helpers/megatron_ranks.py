@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
-from megatron_matpo.errors import CheckpointError, ConfigError, NonFiniteError
+from megatron_matpo.errors import CheckpointError, ConfigError
 from megatron_matpo.megatron import checkpoint
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import MicroBatch, empty_micro_batch
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
+from megatron_matpo.megatron.nonfinite import UpdateRefused
 from megatron_matpo.megatron.parallel import (
     ParallelState,
     data_group,
@@ -28,7 +29,7 @@ from megatron_matpo.megatron.parallel import (
     init_parallel,
     tensor_group,
 )
-from megatron_matpo.megatron.schedule import forward_backward
+from megatron_matpo.megatron.schedule import LossFn, forward_backward
 from tests.helpers.dist import RankInfo
 from tests.helpers.tiny import weighted_loss
 
@@ -85,13 +86,17 @@ def whole_story(
 
 
 def grads(
-    actor: MegatronActor, config: Config, batches: Sequence[MicroBatch], state: ParallelState
+    actor: MegatronActor,
+    config: Config,
+    batches: Sequence[MicroBatch],
+    state: ParallelState,
+    loss_fn: LossFn = weighted_loss,
 ) -> dict[str, torch.Tensor]:
     """Full gradients by Hugging Face name on rank 0: what export gives with grads for weights."""
     hf = HfModelConfig.from_folder(config.model.path)
     for model in actor._models:
         model.zero_grad_buffer()
-    forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
+    forward_backward(actor._models, batches, loss_fn, state, config, vocab_size=hf.vocab_size)
     for model in actor._models:
         for buffer in model.buffers:
             _complete(buffer, data_group())
@@ -217,7 +222,11 @@ def restore_error(info: RankInfo, config: Config, folder: Path) -> str:
 def non_finite_updates(
     info: RankInfo, config: Config, batches: Sequence[MicroBatch]
 ) -> dict[str, Any]:
-    """Updates whose loss or gradient is not finite, then a good one; errors and weights."""
+    """Updates whose loss or gradient is not finite, then a good one; errors and weights.
+
+    The last bad one overflows where gradients of weights are summed, and in a micro-batch that
+    holds the sample `6/0` only.
+    """
 
     def bad_loss(logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch) -> Any:
         loss, metrics = weighted_loss(logprobs, entropy, batch)
@@ -227,40 +236,55 @@ def non_finite_updates(
         # Finite forward, infinite derivative.
         return (logprobs.sum() * 0).sqrt(), {"tokens": batch.loss_mask.sum()}
 
+    def overflow(logprobs: torch.Tensor, entropy: torch.Tensor, batch: MicroBatch) -> Any:
+        factor = 3e38 if "6/0" in batch.sample_ids else 1.0
+        return ((logprobs - logprobs.detach()) * factor).sum(), {"tokens": batch.loss_mask.sum()}
+
     with layout(info, config) as state:
         actor = make_actor(config, state)
         mine = share(batches, state)
-        story: dict[str, Any] = {"errors": []}
-        for loss_fn in (bad_loss, bad_grad):
+        story: dict[str, Any] = {"refused": []}
+        for loss_fn in (bad_loss, bad_grad, overflow):
             try:
                 actor.update(mine, loss_fn, 0)
-            except NonFiniteError as error:
-                story["errors"].append(str(error))
+            except UpdateRefused as refused:
+                story["refused"].append((str(refused), refused.culprits))
         story["kept"] = dict(actor.export())
         story["good"] = actor.update(mine, weighted_loss, 0)
         return story
 
 
 def sharded_logprobs(
-    info: RankInfo, config: Config, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int
+    info: RankInfo,
+    config: Config,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
 ) -> list[dict[str, torch.Tensor]]:
-    """`vocab_parallel_logprobs` of this rank's columns for several chunk sizes, with gradients."""
+    """`vocab_parallel_logprobs` of this rank's rows for several chunk sizes, with gradients."""
     results = []
     with layout(info, config) as state:
         for chunk_tokens in (1, 3, 1000):
-            columns = logits.chunk(state.tp_size, dim=-1)[state.tp_rank].clone().requires_grad_()
+            rows = weight.chunk(state.tp_size)[state.tp_rank].clone().requires_grad_()
+            states = hidden.clone().requires_grad_()
             logprobs, entropy = vocab_parallel_logprobs(
-                columns * 1,
+                states,
+                rows,
                 labels,
                 vocab_size=vocab_size,
                 temperature=0.7,
                 tp_group=tensor_group(),
                 chunk_tokens=chunk_tokens,
             )
-            weights = torch.arange(1, labels.numel() + 1, dtype=torch.float32).view_as(labels)
-            (logprobs * weights).sum().backward()
+            (logprobs * torch.arange(1.0, labels.numel() + 1)).sum().backward()
             results.append(
-                {"logprobs": logprobs.detach(), "entropy": entropy, "grad": columns.grad}
+                {
+                    "logprobs": logprobs.detach(),
+                    "entropy": entropy,
+                    "grad_hidden": states.grad,
+                    "grad_weight": rows.grad,
+                }
             )
     return results
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from hypothesis import strategies as st
@@ -179,7 +180,7 @@ def learn(
     ranks = []
     for rank in range(dp_size):
         state = ParallelState(rank, dp_size, 0, 1, 0, 1, rank, dp_size, 0, 1, torch.device("cpu"))
-        learner = PolicyLearner(config, actor, state)  # type: ignore[arg-type]
+        learner = PolicyLearner(config, actor, state, Path())  # type: ignore[arg-type]
         ranks.append(learner.prepare(samples))
     assert all(
         replace(other, batches=[]) == replace(mine, batches=[]) and other.batches

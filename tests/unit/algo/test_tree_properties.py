@@ -204,15 +204,21 @@ def expected_metrics(updates, algo):
         r, a = math.exp(token.new - token.old), token.advantage
         return (a < 0 and r < 1 - algo.clip_low) or (a > 0 and r > 1 + algo.clip_high)
 
-    mean("policy/ratio", everything, lambda t: math.exp(t.new - t.old))
-    mean("policy/clip_frac", everything, clipped)
-    mean("policy/entropy", everything, lambda t: -t.new / 2)
     result["mismatch/max"] = max(abs(gap(token)) for token in measured)
     for suffix, roles in (("", set(Role)), *((f"/{role}", {role}) for role in Role)):
+        if tokens := [token for token in everything if token.role in roles]:
+            mean(f"policy/ratio{suffix}", tokens, lambda t: math.exp(t.new - t.old))
+            mean(f"policy/clip_frac{suffix}", tokens, clipped)
+            mean(f"policy/entropy{suffix}", tokens, lambda t: -t.new / 2)
+            if algo.kl_coef:
+                mean(f"policy/kl{suffix}", tokens, lambda t: values_and_slopes(t, algo)[1])
+                result[f"policy/kl{suffix}"] /= algo.kl_coef
         tokens = [token for token in measured if token.role in roles]
         if tokens:
             mean(f"mismatch/abs_logprob{suffix}", tokens, lambda t: abs(gap(t)))
             mean(f"mismatch/k3{suffix}", tokens, lambda t: math.exp(gap(t)) - 1 - gap(t))
+        if tokens and suffix:
+            result[f"mismatch/abs_logprob{suffix}/max"] = max(abs(gap(t)) for t in tokens)
         if tokens and suffix and algo.tis != "off":
             mean(f"policy/tis_weight{suffix}", tokens, lambda t: importance_of(t, algo)[0])
             mean(f"policy/tis_held_back{suffix}", tokens, lambda t: importance_of(t, algo)[1])
@@ -228,9 +234,7 @@ def expected_metrics(updates, algo):
             for tokens, values in zip(updates, parts, strict=True)
             for token, part in zip(tokens, values, strict=True)
         ) / len(updates)
-    if algo.kl_coef:
-        mean("policy/kl", everything, lambda t: values_and_slopes(t, algo)[1] / algo.kl_coef)
-    else:
+    if not algo.kl_coef:
         del result["loss/kl"]
     return result
 

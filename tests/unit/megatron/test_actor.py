@@ -15,13 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
-from megatron_matpo.config.train import OptimConfig, ParallelConfig
+from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron import cpu_backend, hf_io
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import empty_micro_batch
-from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
-from megatron_matpo.megatron.optimizer import learning_rate
 from megatron_matpo.megatron.parallel import ParallelState, destroy_parallel, init_parallel
 from tests.helpers.dist import free_port
 from tests.helpers.tiny import (
@@ -96,6 +94,36 @@ def test_neighbours_in_a_row_are_invisible(folder, state):
         torch.testing.assert_close(other, alone, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputed_activations_change_nothing(folder, state, mode):
+    """Bit for bit; and what is recomputed has gradients at all."""
+    batches = [make_batch((2, 6), 0), make_batch((1, 9), 1)]
+    kept = make_actor(tiny_config(folder), state)
+    again = make_actor(tiny_config(folder, recompute=mode), state)
+    assert again._models[0].module.config.recompute_granularity == mode
+    before = dict(kept.export())
+    for index in range(2):
+        expected = kept.update(batches, weighted_loss, index)
+        assert again.update(batches, weighted_loss, index) == expected
+    for (name, value), (_, other) in zip(kept.export(), again.export(), strict=True):
+        assert torch.equal(value, other), name
+        assert not torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize(("mode", "calls"), [("none", 1), ("selective", 2), ("full", 2)])
+def test_recomputation_happens(folder, state, mode, calls):
+    """Counted at the feed-forward part of the first layer, per update."""
+    actor = make_actor(tiny_config(folder, recompute=mode), state)
+    seen: list[int] = []
+    feed_forward = actor._models[0].module.decoder.layers[0].mlp
+    feed_forward.register_forward_hook(lambda *_: seen.append(1))
+    actor.update([make_batch((2, 6), 0)], weighted_loss, 0)
+    assert len(seen) == calls
+    seen.clear()
+    actor.score([make_batch((2, 6), 0)])
+    assert len(seen) == 1
+
+
 def test_export_hands_out_copies(folder, state):
     actor = make_actor(tiny_config(folder), state)
     for _, tensor in actor.export():
@@ -159,12 +187,6 @@ def test_what_the_platform_cannot_do_is_refused(folder, changes, expected):
         init_parallel(config, rank=0, world_size=1, master_port=1)
 
 
-def test_warm_up_is_linear_and_then_constant():
-    optim = OptimConfig(lr=8.0, warmup_steps=4)
-    assert [learning_rate(optim, i) for i in range(6)] == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]
-    assert learning_rate(OptimConfig(lr=8.0, warmup_steps=0), 0) == 8.0
-
-
 def test_the_cpu_backend_leaves_torch_alone():
     cpu_backend.install()
     cpu_backend.install()
@@ -176,15 +198,3 @@ def test_the_cpu_backend_leaves_torch_alone():
     assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
     with pytest.raises((AssertionError, RuntimeError)):
         torch.zeros(1, device="cuda")
-
-
-def test_logprobs_of_bfloat16_logits_are_float32():
-    logits = torch.randn(4, 6).bfloat16()
-    labels = torch.arange(4)
-    logprobs, entropy = vocab_parallel_logprobs(logits, labels, vocab_size=6, chunk_tokens=3)
-    table = logits.double().log_softmax(-1)
-    assert logprobs.dtype == entropy.dtype == torch.float32
-    torch.testing.assert_close(logprobs.double(), table[labels, labels], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        entropy.double(), -(table.exp() * table).sum(-1), rtol=1e-6, atol=1e-6
-    )

@@ -20,7 +20,8 @@ from megatron_matpo.config.root import Config
 from megatron_matpo.config.run import RunConfig
 from megatron_matpo.config.train import ModelConfig, ParallelConfig
 from megatron_matpo.obs import conversations
-from megatron_matpo.obs.metrics import FILE_NAME, REQUIRED, MetricsWriter
+from megatron_matpo.obs.metrics import REQUIRED
+from megatron_matpo.obs.metrics_log import FILE_NAME, MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
 from megatron_matpo.obs.report import MAX_POINTS, build_report, script_json
 from megatron_matpo.types import (

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_matpo.errors import ConfigError, EngineUnreachable, NonFiniteError
-from megatron_matpo.obs import failure, metrics, status
+from megatron_matpo.obs import failure, metrics, metrics_log, status
 
 REPO = Path(__file__).resolve().parents[3]
 
@@ -24,49 +24,49 @@ def full_line(**changes: float) -> dict[str, float]:
 
 
 def test_one_line_per_step_with_all_required_names(tmp_path: Path) -> None:
-    writer = metrics.MetricsWriter(tmp_path)
+    writer = metrics_log.MetricsWriter(tmp_path)
     writer.write(1, full_line())
     writer.write(2, full_line() | {"rollout/status/answered": 0.5, "eval/gaia/mean@8": 1})
-    lines = metrics.read_metrics(tmp_path)
+    lines = metrics_log.read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[1].keys() - metrics.REQUIRED == {"rollout/status/answered", "eval/gaia/mean@8"}
 
 
 def test_unknown_missing_and_non_numeric_values_are_refused(tmp_path: Path) -> None:
-    writer = metrics.MetricsWriter(tmp_path)
+    writer = metrics_log.MetricsWriter(tmp_path)
     with pytest.raises(ValueError, match="unknown metric 'rewards/total'"):
         writer.write(1, full_line() | {"rewards/total": 1.0})
     with pytest.raises(ValueError, match="lack loss/policy"):
         writer.write(1, {name: 1.0 for name in metrics.REQUIRED if name != "loss/policy"})
     with pytest.raises(ValueError, match="must be a number, got str"):
         writer.write(1, full_line() | {"loss/policy": "1"})  # type: ignore[dict-item]
-    assert metrics.read_metrics(tmp_path) == []
+    assert metrics_log.read_metrics(tmp_path) == []
     writer.write(0, {"eval/gaia/mean@8": 0.5}, partial=True)
-    assert metrics.read_metrics(tmp_path) == [{"step": 0, "eval/gaia/mean@8": 0.5}]
+    assert metrics_log.read_metrics(tmp_path) == [{"step": 0, "eval/gaia/mean@8": 0.5}]
 
 
 def test_non_finite_values_become_null(tmp_path: Path) -> None:
-    writer = metrics.MetricsWriter(tmp_path)
+    writer = metrics_log.MetricsWriter(tmp_path)
     writer.write(1, full_line(**{"mismatch/max": math.nan, "policy/ratio": math.inf}))
-    (line,) = metrics.read_metrics(tmp_path)
+    (line,) = metrics_log.read_metrics(tmp_path)
     assert line["mismatch/max"] is None
     assert line["policy/ratio"] is None
 
 
 def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
-    writer = metrics.MetricsWriter(tmp_path)
+    writer = metrics_log.MetricsWriter(tmp_path)
     for step in range(1, 6):
         writer.write(step, full_line())
     with writer.path.open("a") as file:
         file.write('{"step": 6, "rewa')
-    writer = metrics.MetricsWriter(tmp_path)
+    writer = metrics_log.MetricsWriter(tmp_path)
     assert writer.path.read_bytes().endswith(b"\n")
     writer.truncate_after(3)
     writer.write(4, full_line(**{"optim/lr": 7.0}))
-    lines = metrics.read_metrics(tmp_path)
+    lines = metrics_log.read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert lines[-1]["optim/lr"] == 7.0
-    assert [path.name for path in tmp_path.iterdir()] == [metrics.FILE_NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [metrics_log.FILE_NAME]
 
 
 def test_docs_are_generated_from_the_registry() -> None:

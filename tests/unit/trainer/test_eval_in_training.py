@@ -14,7 +14,7 @@ import pytest
 from megatron_matpo.config import Config
 from megatron_matpo.config.evaluation import EvalConfig
 from megatron_matpo.config.run import ObsConfig
-from megatron_matpo.obs.metrics import read_metrics
+from megatron_matpo.obs.metrics_log import read_metrics
 from megatron_matpo.obs.status import PhaseWriter
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.run import Progress, Run, RunLog
@@ -41,7 +41,7 @@ class StubRollouts:
 def make_run(folder: Path, config: Config = CONFIG, *, is_logging: bool = True) -> Run:
     clock = Clock(PhaseWriter(folder, "trainer", 0))
     log = RunLog(config, folder) if is_logging else None
-    parts = {"actor": None, "learner": None, "sync": None}
+    parts = {"actor": None, "learner": None, "sync": None, "throughput": None}
     return Run(
         config=config, run_dir=folder, rollouts=StubRollouts(), clock=clock, log=log, **parts
     )

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_matpo.config import Config
+from megatron_matpo.config.flops import Shape
 from megatron_matpo.config.run import CheckpointConfig, RunConfig
 from megatron_matpo.errors import CheckpointError, RolloutError
 from megatron_matpo.obs.status import PhaseWriter
@@ -16,6 +17,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult
 from megatron_matpo.trainer.loop import train
 from megatron_matpo.trainer.run import Run
+from megatron_matpo.trainer.throughput import Throughput
 from tests.helpers.episodes import make_batch
 
 CONFIG = replace(
@@ -23,6 +25,9 @@ CONFIG = replace(
     run=RunConfig(name="test", steps=8),
     checkpoint=CheckpointConfig(every=3, export_hf=False),
 )
+
+
+SPEED = Throughput(Shape(2, 8, 16, 4, 24, 101), num_devices=1, peak_flops=0.0)
 
 
 class StubActor:
@@ -77,7 +82,7 @@ class StubRollouts:
 
 def run(actor, rollouts, folder):
     clock = Clock(PhaseWriter(folder, "trainer", 0))
-    train(Run(CONFIG, folder, actor, StubLearner(), rollouts, StubSync(), clock, None))
+    train(Run(CONFIG, folder, actor, StubLearner(), rollouts, StubSync(), clock, None, SPEED))
 
 
 def test_a_resumed_run_asks_from_where_its_checkpoint_was(tmp_path):

@@ -16,7 +16,7 @@ parameter is treated on its own:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,61 +44,72 @@ class _Shard:
 
 
 def member_of(optimizer: MegatronOptimizer) -> Any:
-    """The one distributed optimizer of a dense model (Megatron chains one per parameter kind)."""
-    (member,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    """The one distributed optimizer of a dense model."""
+    (member,) = members_of(optimizer)
     return member
 
 
+def members_of(optimizer: MegatronOptimizer) -> list[Any]:
+    """The distributed optimizers of a model: Megatron chains one per kind of parameter."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
 def describe(
-    model: PolicyModel,
+    models: Sequence[PolicyModel],
     optimizer: MegatronOptimizer,
-    model_state: dict[str, Any],
+    model_states: Sequence[dict[str, Any]],
     state: ParallelState,
     is_loading: bool,
 ) -> dict[str, Any]:
     """Sharded optimizer state of this rank. Collective over the data-parallel ranks.
 
     Args:
-        model: this rank's unwrapped chunk.
-        optimizer: its optimizer.
-        model_state: `model.sharded_state_dict()`.
+        models: this rank's unwrapped chunks.
+        optimizer: their optimizer.
+        model_states: `sharded_state_dict()` of each.
         state: this rank's position.
         is_loading: give every rank room for its whole stage, instead of the first data-parallel
             rank the values.
     """
-    member = member_of(optimizer)
-    result: dict[str, Any] = {"step": _step(member)}
-    for name, parameter, base in _bases(model, model_state):
-        shard = _shard(member, parameter)
-        for kind in _KINDS:
-            if is_loading:
-                full = torch.empty(parameter.shape, dtype=torch.float32)
-            else:
-                full = _collect(shard, kind, parameter, state)
-                if state.dp_rank:
-                    continue
-            # Layers share a key and differ in their place along an axis; names are unique.
-            changes: dict[str, Any] = {"key": f"optimizer.{kind}.{base.key}", "data": full}
-            if isinstance(base, ShardedTensor):
-                changes["dtype"] = full.dtype
-            result[f"{kind} {name}"] = replace(base, **changes)
+    members = members_of(optimizer)
+    # One number: all members step together, and it must be the same on every rank.
+    result: dict[str, Any] = {"step": max(_step(member) for member in members)}
+    for i, (chunk, chunk_state) in enumerate(zip(models, model_states, strict=True)):
+        part: dict[str, Any] = {}
+        for name, parameter, base in _bases(chunk, chunk_state):
+            shard, group = _shard(members, parameter), _group_of(parameter)
+            for kind in _KINDS:
+                if is_loading:
+                    full = torch.empty(parameter.shape, dtype=torch.float32)
+                else:
+                    full = _collect(shard, kind, parameter, group, state.device)
+                    if dist.get_rank(group):
+                        continue
+                # Layers share a key and differ in their place along an axis; names are unique.
+                changes: dict[str, Any] = {"key": f"optimizer.{kind}.{base.key}", "data": full}
+                if isinstance(base, ShardedTensor):
+                    changes["dtype"] = full.dtype
+                part[f"{kind} {name}"] = replace(base, **changes)
+        result[str(i)] = part
     return result
 
 
 def restore(
-    model: PolicyModel,
+    models: Sequence[PolicyModel],
     optimizer: MegatronOptimizer,
-    model_state: dict[str, Any],
+    model_states: Sequence[dict[str, Any]],
     loaded: dict[str, Any],
 ) -> None:
     """Take over what `describe(..., is_loading=True)` asked for. Nothing is communicated."""
-    member = member_of(optimizer)
-    for name, parameter, _ in _bases(model, model_state):
-        shard = _shard(member, parameter)
-        for kind, tensor in shard.tensors.items():
-            full = loaded[f"{kind} {name}"]
-            tensor.data.copy_(full.reshape(-1)[shard.start : shard.stop])
-    _set_step(member, loaded["step"])
+    members = members_of(optimizer)
+    for i, (chunk, chunk_state) in enumerate(zip(models, model_states, strict=True)):
+        for name, parameter, _ in _bases(chunk, chunk_state):
+            shard = _shard(members, parameter)
+            for kind, tensor in shard.tensors.items():
+                full = loaded[str(i)][f"{kind} {name}"]
+                tensor.data.copy_(full.reshape(-1)[shard.start : shard.stop])
+    for member in members:
+        _set_step(member, loaded["step"])
 
 
 def _bases(
@@ -111,13 +122,28 @@ def _bases(
         if isinstance(base, ShardedTensor | ShardedTensorFactory)
     }
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue  # frozen: no optimizer holds it
         yield name, parameter, by_parameter[id(parameter)]
 
 
-def _shard(member: Any, parameter: Tensor) -> _Shard:
+def _group_of(parameter: Tensor) -> dist.ProcessGroup:
+    """Ranks that share the optimizer state of a parameter; fewer for an expert's."""
+    if getattr(parameter, "allreduce", True):  # Megatron's mark
+        return data_group()
+    from megatron.core import parallel_state as mpu
+
+    group = mpu.get_expert_data_parallel_group()
+    assert isinstance(group, dist.ProcessGroup), "init_parallel comes first"
+    return group
+
+
+def _shard(members: Sequence[Any], parameter: Tensor) -> _Shard:
     """This rank's shard of a parameter, as Megatron's distributed optimizer laid it out."""
-    if parameter not in member.model_param_gbuf_map:
+    owners = [member for member in members if parameter in member.model_param_gbuf_map]
+    if not owners:
         return _Shard(0, 0, {})
+    (member,) = owners
     owned = member._get_model_param_range_map(parameter)["param"]
     group, index = member.model_param_group_index_map[parameter]
     main = member.optimizer.param_groups[group]["params"][index]
@@ -126,13 +152,14 @@ def _shard(member: Any, parameter: Tensor) -> _Shard:
     return _Shard(owned.start, owned.end, tensors)
 
 
-def _collect(shard: _Shard, kind: str, parameter: Tensor, state: ParallelState) -> Tensor:
-    """The whole tensor on the host of the first data-parallel rank; rubbish on the others."""
-    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=state.device)
+def _collect(
+    shard: _Shard, kind: str, parameter: Tensor, group: dist.ProcessGroup, device: torch.device
+) -> Tensor:
+    """The whole tensor on the host of the group's first rank; rubbish on the others."""
+    full = torch.zeros(parameter.numel(), dtype=torch.float32, device=device)
     if kind in shard.tensors:
         full[shard.start : shard.stop] = shard.tensors[kind].detach().view(-1)
-    if state.dp_size > 1:
-        group = data_group()
+    if dist.get_world_size(group) > 1:
         # As integers: a float sum would turn -0.0 into 0.0.
         dist.reduce(full.view(torch.int32), dst=dist.get_global_rank(group, 0), group=group)
     return full.view(parameter.shape).cpu()

@@ -314,12 +314,11 @@ class CheckpointWriter:
     def _give_up(self, pending: _Pending, error: CheckpointError) -> None:
         """Report a failed save on all ranks, as `checkpoint.on_failure` says."""
         self._pending = None
-        # Ranks must not write any more when the folder goes.
+        # No rank writes any more when the folder goes, and it is gone when the ranks go on.
         self._control.share(None)
-        if self._control.rank == 0:
-            files.discard(pending.temporary)
-            if self._config.on_failure == "warn":
-                _log.warning("%s (checkpoint.on_failure=warn: the run goes on)", error)
+        self._control.on_first(lambda: files.discard(pending.temporary), "cannot delete")
+        if self._config.on_failure == "warn" and self._control.rank == 0:
+            _log.warning("%s (checkpoint.on_failure=warn: the run goes on)", error)
         if self._config.on_failure == "stop":
             raise error
 

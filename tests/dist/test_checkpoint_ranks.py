@@ -66,7 +66,8 @@ def divisible_by_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     ranks: RankPool, config: Any, folder: Path, until: int, world_size: int = 2
 ) -> list[dict[str, Any]]:
-    return ranks.run(train_and_save, world_size, config, BATCHES, folder, until)
+    story = (train_and_save, world_size, config, BATCHES, folder, until)
+    return ranks.run(*story, timeout_s=300.0)
 
 
 @pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}, {"dp": 2}], ids=str)
@@ -88,7 +89,7 @@ def test_resume_is_bit_exact(ranks, model_folder, tmp_path, layout):
 
 def test_other_layouts_take_over_bit_for_bit(ranks, divisible_by_4, tmp_path):
     """TP2 x PP2 -> TP1, TP4, DP2: same weights and optimizer state, and the same next update."""
-    config = tiny_config(divisible_by_4, tp=2, pp=2)
+    config = tiny_config(divisible_by_4, tp=2, pp=2, timeout_s=240.0)
     saved = tmp_path / "saved"
     straight = run(ranks, config, saved, 3, world_size=4)
     original = CheckpointReader(saved / "step_2")

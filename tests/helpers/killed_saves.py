@@ -41,7 +41,6 @@ def _state_tensors(actor: MegatronActor) -> Iterator[torch.Tensor]:
             yield from (state["exp_avg"], state["exp_avg_sq"])
 
 
-@torch.no_grad()
 def save_for_ever(info: RankInfo, config: Config, folder: Path, report: Path) -> None:
     """Restore, say what came back, then fill everything with N and save step N, N + 1, ..."""
     with layout(info, config) as state:
@@ -53,8 +52,9 @@ def save_for_ever(info: RankInfo, config: Config, folder: Path, report: Path) ->
         write_atomic(report, json.dumps({"step": step, "wrong": wrong}), durable=False)
         while True:
             step += 1
-            for tensor in _state_tensors(actor):
-                tensor.fill_(step)
+            with torch.no_grad():
+                for tensor in _state_tensors(actor):
+                    tensor.fill_(step)
             actor.save(folder, step, {"step": step})
             for _ in range(_POLLS_PER_STEP):
                 actor.poll_save()

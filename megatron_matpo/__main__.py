@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
                 help="resume although settings differ from those of the earlier attempt",
             )
     _add_eval(commands)
+    _add_export(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -98,6 +99,20 @@ def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("export", help="write a checkpoint as a Hugging Face folder")
+    command.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="as in runs/default")
+    command.add_argument("--step", type=int, metavar="N", help="of a run; default: the latest")
+    command.add_argument("--out", default="", metavar="FOLDER", help="default: .../hf_step_N")
+    command.add_argument(
+        "--dtype", default="", choices=("bf16", "fp32"), help="default: as trained"
+    )
+    command.add_argument(
+        "--model", default="", metavar="FOLDER", help="config and tokenizer (default: model.path)"
+    )
+    command.add_argument("--force", action="store_true", help="replace an existing folder")
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -123,6 +138,19 @@ def _dispatch(options: argparse.Namespace) -> int:
                     max_rows=options.max_rows,
                     overrides=[*taken, *options.overrides],
                     accept_changes=options.accept_changes,
+                )
+            )
+        case "export":
+            from megatron_matpo.launch.export import ExportRequest, export
+
+            return export(
+                ExportRequest(
+                    source=options.source,
+                    step=options.step,
+                    out=options.out,
+                    dtype=options.dtype,
+                    model=options.model,
+                    force=options.force,
                 )
             )
         case "config":

@@ -48,6 +48,23 @@ class CheckpointConfig:
     """Steps between checkpoints; 0 saves only at the end."""
     keep_last: int = 2
     """Older checkpoints are deleted after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides are never deleted, nor counted in `keep_last`;
+    0: no such steps."""
+    asynchronous: bool = True
+    """Write files while the training goes on, from a copy in host memory. Costs little more than
+    writing at once, which collects the optimizer's state in host memory too (see
+    docs/checkpoints.md)."""
+    timeout_s: float = 1800.0
+    """Deadline of every wait for a checkpoint: for the files of the one before, and at the end."""
+    on_failure: str = "stop"
+    """`stop | warn`: what a checkpoint that cannot be written does to the run."""
+    verify: str = "full"
+    """`full | sizes`: before resuming, compare checksums of all files (each rank reads a share), or
+    only their sizes."""
+    load: str = "latest"
+    """What to resume from: `latest`; `whole`: the newest that is not damaged; or `step_N`, also if
+    newer ones exist (every start with this setting goes back there)."""
     export_hf: bool = True
     """Write `checkpoints/hf` (Hugging Face format) when the run ends."""
 

@@ -39,6 +39,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "algo.kl_estimator": ("k1", "k2", "k3"),
     "algo.tis": ("off", "truncate", "mask"),
     "algo.old_logprobs": ("trainer", "engine"),
+    "checkpoint.on_failure": ("stop", "warn"),
+    "checkpoint.verify": ("full", "sizes"),
     "obs.wandb_mode": ("auto", "online", "offline", "disabled"),
     **TRAIN_CHOICES,
 }
@@ -90,6 +92,7 @@ _AT_LEAST: dict[str, float] = {
     "weight_sync.bucket_mb": 1,
     "checkpoint.every": 0,
     "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
     "obs.report_every": 0,
     "sft.steps": 1,
     "sft.batch_size": 1,
@@ -107,6 +110,7 @@ _POSITIVE = (
     "optim.eps",
     "train.timeout_s",
     "weight_sync.timeout_s",
+    "checkpoint.timeout_s",
 )
 # Dotted path -> (low, high); both allowed unless the low one is None (then 0 is excluded).
 _BETWEEN: dict[str, tuple[float | None, float]] = {
@@ -120,6 +124,7 @@ _BETWEEN: dict[str, tuple[float | None, float]] = {
     "cluster.base_port": (0, 65535),
 }
 _LAST_PORT = 65535
+_CHECKPOINT = re.compile(r"latest|whole|step_\d+")
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -215,6 +220,8 @@ def _check_run(config: Config) -> Iterator[str]:
             f"run.name={config.run.name}: a folder name of letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"
         )
+    if not _CHECKPOINT.fullmatch(config.checkpoint.load):
+        yield f"checkpoint.load={config.checkpoint.load}: expected latest, whole or step_N"
     if 0 < config.algo.dual_clip <= 1:
         yield (
             f"algo.dual_clip={config.algo.dual_clip:g}: 0 (off) or more than 1; with 1 or less, "

@@ -19,8 +19,9 @@ from torch import Tensor
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import NonFiniteError
-from megatron_matpo.megatron import checkpoint, hf_io, optimizer
+from megatron_matpo.megatron import hf_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.checkpoint import Checkpoints
 from megatron_matpo.megatron.host_weights import HostWeights
 from megatron_matpo.megatron.model import build_model, wrap_ddp
 from megatron_matpo.megatron.nonfinite import Culprits, UpdateRefused, Watch, gather_culprits
@@ -53,6 +54,7 @@ class MegatronActor:
         self._config, self._hf, self._state = config, hf, state
         self._models: list[Any] = wrap_ddp(config, build_model(config, hf, state))
         self._optimizer = optimizer.build_optimizer(config, self._models)
+        self._checkpoints = Checkpoints(config, self._models, self._optimizer, state)
         self._reference: HostWeights | None = None
 
     def load_initial(self) -> None:
@@ -191,24 +193,24 @@ class MegatronActor:
         return hf_io.iter_hf_tensors(self._models, self._hf, self._state, dtype)
 
     def save(self, folder: str | Path, step: int, extra: dict[str, Any]) -> None:
-        """Write checkpoint `step` under `folder`; see `checkpoint.save_checkpoint`."""
-        checkpoint.save_checkpoint(
-            folder,
-            step,
-            self._models,
-            self._optimizer,
-            extra,
-            self._state,
-            self._config.checkpoint.keep_last,
-        )
+        """Begin to write checkpoint `step` under `folder`; see `Checkpoints.save`."""
+        self._checkpoints.save(folder, step, extra)
+
+    def poll_save(self) -> None:
+        """Complete a checkpoint whose files are written by now; see `CheckpointWriter.poll`."""
+        self._checkpoints.poll()
+
+    def finish_save(self) -> None:
+        """Wait for the checkpoint that is being written; see `CheckpointWriter.wait`."""
+        self._checkpoints.wait()
 
     def restore(self, folder: str | Path) -> dict[str, Any] | None:
-        """Take the state of the latest checkpoint; None, and no change, if there is none.
+        """Take the state that `checkpoint.load` names; None, and no change, if there is none.
 
         Raises:
-            CheckpointError: the checkpoint is incomplete or belongs to another model.
+            CheckpointError: the checkpoint is damaged or belongs to another model.
         """
-        return checkpoint.load_checkpoint(folder, self._models, self._optimizer, self._state)
+        return self._checkpoints.restore(folder)
 
     def save_hf(self, folder: str | Path) -> None:
         """Write the policy as a Hugging Face folder; see `hf_io.save_hf`."""

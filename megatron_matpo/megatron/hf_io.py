@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,6 +40,7 @@ from megatron_matpo.megatron.parallel import (
     pipeline_group,
     tensor_group,
 )
+from megatron_matpo.obs.files import replace_folder
 
 _INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
@@ -324,32 +324,3 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-
-
-def flush_to_disk(path: Path) -> None:
-    """Fsync a file, or a folder and everything in it."""
-    if path.is_dir():
-        for child in path.iterdir():
-            flush_to_disk(child)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def replace_folder(temporary: Path, target: Path) -> None:
-    """Put `temporary` in place of `target` once it is on disk.
-
-    A folder cannot be replaced in one system call; an older `target` is moved aside first, so that
-    at every moment one complete folder exists under one of the two names.
-    """
-    flush_to_disk(temporary)
-    target = target.resolve()
-    old = target.with_name(target.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    flush_to_disk(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -115,7 +115,8 @@ def _bases(
             if isinstance(base, ShardedTensor | ShardedTensorFactory)
         }
         for name, parameter in model.named_parameters():
-            yield f"{chunk} {name}", parameter, by_parameter[id(parameter)]
+            if parameter.requires_grad:  # no optimizer holds a frozen one
+                yield f"{chunk} {name}", parameter, by_parameter[id(parameter)]
 
 
 def _shard(members: Sequence[Any], parameter: Tensor) -> _Shard:

@@ -1,8 +1,9 @@
-"""Atomic file writes shared by the writers of this package."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -25,3 +26,32 @@ def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def flush_to_disk(path: Path) -> None:
+    """Fsync a file, or a folder and everything in it."""
+    if path.is_dir():
+        for child in path.iterdir():
+            flush_to_disk(child)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Put `temporary` in place of `target` once it is on disk.
+
+    A folder cannot be replaced in one system call; an older `target` is moved aside first, so that
+    at every moment one complete folder exists under one of the two names.
+    """
+    flush_to_disk(temporary)
+    target = target.resolve()
+    old = target.with_name(target.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    flush_to_disk(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -184,10 +184,17 @@ class Run:
             self.log.report()
 
     def save(self, progress: Progress) -> None:
-        """Write a checkpoint if one is due; the one before stays until this one is complete."""
+        """Begin a checkpoint if one is due; the one before stays until this one is complete.
+
+        Raises:
+            CheckpointError: this one or the one before could not be written, and
+                `checkpoint.on_failure` is `stop`.
+        """
         last = progress.step == self.config.run.steps
         if last or is_due(self.config.checkpoint.every, progress.step):
             save_progress(self.actor, self.run_dir, progress, self.clock)
+        else:
+            self.actor.poll_save()
 
     def evaluate_start(self, progress: Progress, version: PolicyVersion) -> None:
         """With `eval.before_train`, evaluate the initial policy; its metrics are of step 0.
@@ -227,7 +234,9 @@ class Run:
         return values
 
     def finish(self) -> None:
-        """Hugging Face export and report; close everything."""
+        """Wait for the last checkpoint; Hugging Face export and report; close everything."""
+        self.clock.enter("checkpoint")
+        self.actor.finish_save()
         if self.config.checkpoint.export_hf:
             self.clock.enter("export")
             self.actor.save_hf(self.run_dir / "checkpoints" / "hf")
@@ -269,7 +278,7 @@ def load_progress(
 
 
 def save_progress(actor: MegatronActor, run_dir: Path, progress: Progress, clock: Clock) -> None:
-    """Write a checkpoint of `progress`. All ranks call."""
+    """Begin to write a checkpoint of `progress`; see `Checkpoints.save`. All ranks call."""
     clock.enter("checkpoint")
     actor.save(run_dir / CHECKPOINTS, progress.step, asdict(progress))
 

@@ -52,6 +52,10 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
             log.metrics(step, values, partial=True)
         if step == config.sft.steps or is_due(config.checkpoint.every, step):
             save_progress(actor, run_dir, progress, clock)
+        else:
+            actor.poll_save()
+    clock.enter("checkpoint")
+    actor.finish_save()
     clock.enter("export")
     actor.save_hf(config.sft.export or run_dir / "checkpoints" / "hf")
     if log is not None:

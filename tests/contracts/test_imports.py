@@ -24,6 +24,7 @@ ORDER = [
         "config",
         "cache",
         "obs",
+        "checkpoint_files",
         "algo",
         "data",
         "agents",

@@ -16,7 +16,7 @@ import torch
 from megatron_matpo.config.train import ParallelConfig
 from tests.helpers.dist import RankPool
 from tests.helpers.hf_models import random_config, write_model
-from tests.helpers.megatron_ranks import train_and_save
+from tests.helpers.checkpoint_ranks import train_and_save
 from tests.helpers.tiny import make_batch, tiny_config
 
 pytestmark = pytest.mark.dist

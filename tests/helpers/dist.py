@@ -7,6 +7,7 @@ a timeout its processes are killed and started anew.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -56,6 +57,8 @@ def _serve(connection: Connection) -> None:
             answer = pickle.dumps((function(info, *args), ""))
         except BaseException:
             answer = pickle.dumps((None, traceback.format_exc()))
+        # Models and process groups form cycles; a gloo group keeps its threads until it is freed.
+        gc.collect()
         connection.send_bytes(answer)
 
 

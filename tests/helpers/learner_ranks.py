@@ -114,6 +114,7 @@ def reference_story(
         story["next"] = actor.update(mine, weighted_loss, 1)
         story["reference later"] = actor.score_reference(mine)
         actor.save(folder, 2, {})
+        actor.finish_save()
 
         resumed = _actor(config, state)
         resumed.load_reference()

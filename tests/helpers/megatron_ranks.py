@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,7 @@ from safetensors.torch import load_file
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
-from megatron_matpo.errors import CheckpointError, ConfigError
-from megatron_matpo.megatron import checkpoint
+from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import MicroBatch, empty_micro_batch
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
@@ -142,81 +139,6 @@ def loss_and_grads(
         actor, mine = make_actor(config, state), share(batches, state)
         full = grads(actor, config, mine, state)
         return actor.update(mine, weighted_loss, 0).loss, full
-
-
-def train_and_save(
-    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path, until: int
-) -> dict[str, Any]:
-    """Resume from `folder` or start; update until `until`, saving after every update."""
-    with layout(info, config) as state:
-        actor = make_actor(config, state)
-        extra = actor.restore(folder)
-        first = extra["updates"] if extra else 0
-        draws = [float(torch.rand(()))]
-        results = []
-        for i in range(first, until):
-            results.append(actor.update(share(batches, state), weighted_loss, i))
-            actor.save(folder, i + 1, {"updates": i + 1})
-            draws.append(float(torch.rand(())))
-        return {
-            "extra": extra,
-            "results": results,
-            "draws": draws,
-            "weights": dict(actor.export()),
-        }
-
-
-def save_then_die(
-    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path, when: str
-) -> None:
-    """Save step 1, update, and be killed on every rank while saving step 2.
-
-    `when` is "writing" (rank 0's data is on disk, the folder not renamed) or "renamed" (the folder
-    is complete, `latest` still names the older one).
-    """
-    with layout(info, config) as state:
-        actor = make_actor(config, state)
-        actor.save(folder, 1, {"updates": 1})
-        actor.update(share(batches, state), weighted_loss, 1)
-        if when == "writing":
-            checkpoint._commit = _die
-        else:
-            os.replace = _die
-        actor.save(folder, 2, {"updates": 2})
-
-
-def _die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def failing_save(
-    info: RankInfo, config: Config, batches: Sequence[MicroBatch], folder: Path
-) -> str:
-    """Save step 1; then save step 2 with a disk that is full on rank 1. What every rank is told."""
-    with layout(info, config) as state:
-        actor = make_actor(config, state)
-        actor.save(folder, 1, {"updates": 1})
-        if state.rank == 1:
-            checkpoint.FileSystemWriter.write_data = _disk_full
-        try:
-            actor.save(folder, 2, {"updates": 2})
-        except CheckpointError as error:
-            return str(error)
-        return ""
-
-
-def _disk_full(*_: Any, **__: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
-def restore_error(info: RankInfo, config: Config, folder: Path) -> str:
-    """The error that restoring from `folder` gives on this rank."""
-    with layout(info, config) as state:
-        try:
-            make_actor(config, state).restore(folder)
-        except CheckpointError as error:
-            return str(error)
-        return ""
 
 
 def non_finite_updates(

@@ -44,6 +44,12 @@ class StubActor:
     def save(self, folder, step, extra):
         self.saved = json.dumps(extra)
 
+    def poll_save(self):
+        pass
+
+    def finish_save(self):
+        pass
+
 
 class StubLearner:
     def prepare(self, samples):

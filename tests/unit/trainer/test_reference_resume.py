@@ -37,6 +37,7 @@ def test_the_reference_of_a_resumed_run_is_the_initial_model(make_actor, tmp_pat
     first.update([batch], weighted_loss, 0)
     progress = replace(Progress(), step=1, policy_version=1, num_updates=1)
     save_progress(first, tmp_path, progress, clock)
+    first.finish_save()
 
     resumed = make_actor()
     assert load_progress(resumed, tmp_path, clock, has_reference=True) == progress

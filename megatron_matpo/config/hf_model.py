@@ -138,7 +138,7 @@ def check_layout(hf: HfModelConfig, parallel: ParallelConfig) -> list[str]:
     name = Path(hf.folder).name
     problems: list[str] = []
     for path, value in vars(parallel).items():
-        if value < 1:
+        if not isinstance(value, bool) and value < 1:
             problems.append(f"parallel.{path}={value}: must be at least 1")
     if problems:
         return problems

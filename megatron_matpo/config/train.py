@@ -24,6 +24,10 @@ class ParallelConfig:
     context: int = 1
     expert: int = 1
     data: int = 1
+    virtual: int = 1
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    sequence: bool = False
+    """Split norms and residuals over the tensor-parallel ranks along the tokens."""
 
     @property
     def world_size(self) -> int:
@@ -43,6 +47,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_grad: float = 1.0
+    offload: bool = False
+    """Keep fp32 parameters and moments on the host."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class TrainConfig:
     """Deadline of every collective and of the process group's formation."""
     logprob_chunk_tokens: int = 2048
     """Tokens whose float32 logits exist at a time in the log-prob computation."""
+    recompute: str = "none"
+    """`none | selective | full`: activations that the backward pass computes again."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -33,7 +32,14 @@ from torch import Tensor, nn
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
-from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
+from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.precision import (
+    ddp_settings,
+    fused_kernels,
+    parameter_dtype,
+    resolve_precision,
+    transformer_settings,
+)
 
 
 class CausalAttention(nn.Module):
@@ -105,7 +111,6 @@ def transformer_config(
     config: Config, hf: HfModelConfig, state: ParallelState
 ) -> TransformerConfig:
     """The one place where our configuration becomes Megatron's."""
-    dtype = resolve_precision(config)
     on_cpu = state.device.type == "cpu"
     return TransformerConfig(
         num_layers=hf.num_layers,
@@ -125,9 +130,7 @@ def transformer_config(
         tensor_model_parallel_size=state.tp_size,
         pipeline_model_parallel_size=state.pp_size,
         context_parallel_size=state.cp_size,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        pipeline_dtype=dtype,
+        **transformer_settings(config, resolve_precision(config)),
         # Weights come from `hf_io` in every case. Not `perform_initialization=False`: that also
         # leaves out the marks by which the gradient norm counts every split parameter.
         init_method=_leave_as_is,
@@ -142,7 +145,7 @@ def transformer_config(
         bias_activation_fusion=not on_cpu,
         bias_dropout_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_kernels(state.device.type).grad_accumulation,
         cuda_graph_impl="none",
     )
 
@@ -191,7 +194,7 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
         rotary_base=hf.rope_theta,  # type: ignore[arg-type]  (Megatron divides by a power of it)
     )
     # The local spec's norms ignore params_dtype.
-    model = model.to(device=state.device, dtype=resolve_precision(config))
+    model = model.to(device=state.device, dtype=parameter_dtype(config))
     return [model]
 
 
@@ -202,6 +205,7 @@ def wrap_ddp(config: Config, models: list[PolicyModel]) -> list[DistributedDataP
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         average_in_collective=False,
+        **ddp_settings(config, resolve_precision(config)),
     )
     return [DistributedDataParallel(model.config, ddp_config, model) for model in models]
 

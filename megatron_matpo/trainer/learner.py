@@ -23,6 +23,7 @@ from megatron_matpo.algo.token_metrics import (
 )
 from megatron_matpo.config import Config
 from megatron_matpo.config.algo import AlgoConfig
+from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.data.schedule import (
     num_trained_tokens,
     reference_rows,
@@ -35,6 +36,7 @@ from megatron_matpo.data.schedule import (
 from megatron_matpo.errors import RolloutError
 from megatron_matpo.megatron.actor import MegatronActor, UpdateResult
 from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.memory import PeakMemory
 from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.megatron.schedule import LossFn
 from megatron_matpo.trainer.tensors import to_micro_batch
@@ -76,6 +78,8 @@ class PolicyLearner:
         self._config = config
         self._actor = actor
         self._state = state
+        hf = HfModelConfig.from_folder(config.model.path)
+        self._memory = PeakMemory(config, hf, state.pp_rank)
 
     def prepare(self, samples: Sequence[TrainSample]) -> list[Update]:
         """Split `samples` (the same list on every rank) into updates, with log-probs to compare to.
@@ -145,7 +149,9 @@ class PolicyLearner:
             )
             for i, update in enumerate(updates)
         ]
-        return LearnResult(with_sample_sizes(_combine(results)), len(results))
+        most = max((len(update.batches) for update in updates), default=1)
+        metrics = with_sample_sizes(_combine(results)) | self._memory.metrics(most)
+        return LearnResult(metrics, len(results))
 
     def _split(self, samples: Sequence[TrainSample]) -> tuple[list[list[TrainSample]], list[float]]:
         """Weighted samples of each update, and the denominators of their losses."""

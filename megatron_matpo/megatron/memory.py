@@ -16,11 +16,9 @@ _GIB = 2**30
 class PeakMemory:
     """Peaks of this rank between two readings; no rank waits for another."""
 
-    def __init__(self, config: Config, hf: HfModelConfig, stage: int) -> None:
+    def __init__(self, config: Config, stage: int) -> None:
         """Keep what the prediction needs; `stage` is this rank's pipeline stage."""
-        self._has_cuda = config.cluster.device == "cuda"
-        self._job = job_of(config, hf, resolve_precision(config))
-        self._stage = stage
+        self._config, self._stage = config, stage
 
     def metrics(self, num_micro_batches: int) -> dict[str, float]:
         """`memory/peak_gib` since the last call, and `memory/plan_gib`; empty on a CPU.
@@ -31,11 +29,13 @@ class PeakMemory:
         Args:
             num_micro_batches: of the largest update since the last call.
         """
-        if not self._has_cuda:
+        if self._config.cluster.device == "cpu":
             return {}
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        ledger = stage_ledger(self._job, self._stage, num_micro_batches)
+        hf = HfModelConfig.from_folder(self._config.model.path)
+        job = job_of(self._config, hf, resolve_precision(self._config))
+        ledger = stage_ledger(job, self._stage, num_micro_batches)
         return {
             "memory/peak_gib": peak / _GIB,
             "memory/plan_gib": (ledger.total - ledger.reserve) / _GIB,

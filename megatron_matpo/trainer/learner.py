@@ -23,7 +23,6 @@ from megatron_matpo.algo.token_metrics import (
 )
 from megatron_matpo.config import Config
 from megatron_matpo.config.algo import AlgoConfig
-from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.data.schedule import (
     num_trained_tokens,
     reference_rows,
@@ -78,8 +77,7 @@ class PolicyLearner:
         self._config = config
         self._actor = actor
         self._state = state
-        hf = HfModelConfig.from_folder(config.model.path)
-        self._memory = PeakMemory(config, hf, state.pp_rank)
+        self._memory = PeakMemory(config, state.pp_rank)
 
     def prepare(self, samples: Sequence[TrainSample]) -> list[Update]:
         """Split `samples` (the same list on every rank) into updates, with log-probs to compare to.

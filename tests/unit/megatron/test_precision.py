@@ -19,6 +19,7 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.precision import FP8_RECIPES, Platform, decide_precision
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron import memory
 from megatron_matpo.megatron import precision as here
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.parallel import destroy_parallel, init_parallel
@@ -120,3 +121,18 @@ def test_bf16_trains_on_the_cpu_as_fp32_does(tmp_path):
     for fp32, bf16 in zip(losses["fp32"], losses["bf16"], strict=True):
         assert bf16 != fp32
         assert bf16 == pytest.approx(fp32, rel=0.03)
+
+
+def test_memory_is_measured_only_on_a_gpu(monkeypatch, tmp_path):
+    assert memory.PeakMemory(Config(), 0).metrics(1) == {}
+    folder = make_tiny_model(tmp_path / "model", tied=False)
+    config = dataclasses.replace(
+        tiny_config(folder), cluster=ClusterConfig(gpus_per_node=1), precision="bf16"
+    )
+    monkeypatch.setattr(here, "this_platform", lambda device: Platform((8, 0)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    said = memory.PeakMemory(config, 0).metrics(1)
+    assert said["memory/peak_gib"] == 3
+    # 18 bytes per parameter, padding included, are there all the time.
+    assert said["memory/plan_gib"] > 18 * 49888 / 2**30

@@ -59,7 +59,8 @@ def test_fp8_follows_bf16(recipe: str, folder: Path, bf16_losses: list[float]) -
     mine = losses(config)
     # The first loss is before any update: the distance is the rounding of one forward pass.
     assert mine[0] == pytest.approx(bf16_losses[0], rel=0.02)
-    assert mine == pytest.approx(bf16_losses, rel=0.1)
+    # On a CPU, bf16's curve is up to 5 % of the first loss away from fp32's.
+    assert mine == pytest.approx(bf16_losses, abs=0.1 * bf16_losses[0])
     assert mine != bf16_losses, "FP8 was not used"
 
 

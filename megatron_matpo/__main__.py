@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     _add_eval(commands)
     _add_export(commands)
+    _add_plan(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -113,6 +114,24 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("--force", action="store_true", help="replace an existing folder")
 
 
+def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "plan", help="reckon memory, micro-batches and layouts of a recipe, starting nothing"
+    )
+    command.add_argument("recipe", help="YAML file; model.path needs no more than a config.json")
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument(
+        "--lengths", default="", metavar="FILE", help="trajectory lengths, one number per line"
+    )
+    command.add_argument(
+        "--mean-tokens", type=int, default=0, metavar="N", help="mean length of a trajectory"
+    )
+    command.add_argument(
+        "--workers", type=float, default=-1.0, metavar="W", help="worker trajectories per planner"
+    )
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -157,6 +176,13 @@ def _dispatch(options: argparse.Namespace) -> int:
             from megatron_matpo.config import dump_config, load_recipe
 
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
+        case "plan":
+            from megatron_matpo.planning.command import Expectation, as_json, make_run_plan
+            from megatron_matpo.planning.text import as_text
+
+            known = Expectation(options.lengths, options.mean_tokens, options.workers)
+            plan = make_run_plan(options.recipe, options.overrides, known)
+            print(as_json(plan) if options.json else as_text(plan), end="")
         case "data":
             return run_data(options)
         case "report":

@@ -8,6 +8,7 @@ from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.algo import AlgoConfig
 from megatron_matpo.config.data import DataConfig
 from megatron_matpo.config.evaluation import EvalConfig
+from megatron_matpo.config.fp8 import Fp8Config
 from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.config.run import CheckpointConfig, ClusterConfig, ObsConfig, RunConfig
@@ -33,7 +34,9 @@ class Config:
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     precision: str = "auto"
-    """`auto | fp32 | bf16`; auto is fp32 on CPU and bf16 on GPU."""
+    """`auto | fp32 | bf16 | fp8`; auto is fp32 on CPU, and on GPU fp8 where the device has it and
+    bf16 where not (docs/precision.md)."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

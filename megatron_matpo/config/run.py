@@ -31,6 +31,8 @@ class ClusterConfig:
     """0 means the CPU platform (gloo, fp32, small models)."""
     host: str = "127.0.0.1"
     """Address that this node's servers bind to: loopback, or the cluster's own interface."""
+    gpu: str = ""
+    """Model of the GPUs, as `config/gpus.py` names it; empty asks the driver."""
     base_port: int = 0
     """First of the run's consecutive ports; 0 picks free ports."""
 

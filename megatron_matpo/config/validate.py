@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+from megatron_matpo.config.gpus import check_gpu_name
 from megatron_matpo.config.plan import num_ports
+from megatron_matpo.config.precision import FP8_RECIPES, PRECISIONS, check_precision
 from megatron_matpo.config.reward import GRADERS
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate_agents import check_agent, check_agent_limits, check_planner
@@ -28,7 +30,9 @@ Command = Literal["train", "sft", "eval"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "compat": ("corrected", "reference"),
-    "precision": ("auto", "fp32", "bf16"),
+    "precision": PRECISIONS,
+    "fp8.recipe": ("auto", *FP8_RECIPES),
+    "train.recompute": ("none", "selective", "full"),
     "rollout.prompts": ("rendered", "dataset"),
     "rollout.call_format": ("mcp_xml", "tool_call"),
     "reward.grader": GRADERS,
@@ -58,6 +62,7 @@ _AT_LEAST: dict[str, float] = {
     "parallel.context": 1,
     "parallel.expert": 1,
     "parallel.data": 1,
+    "fp8.first_last_layers_bf16": 0,
     "data.prompts_per_step": 1,
     "data.samples_per_prompt": 1,
     "eval.every": 0,
@@ -134,7 +139,9 @@ def check_values(config: Config) -> list[str]:
         *_check_choices(config),
         *_check_ranges(config),
         *_check_run(config),
+        *_check_gpu(config),
         *_check_parallel(config),
+        *check_precision(config),
     ]
     for name, agent in config.agents.items():
         problems += check_agent(name, agent)
@@ -148,7 +155,7 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
 
     One line for every violation: dotted path, value, what is allowed.
     """
-    problems = [*check_values(config), *_check_model(config, command)]
+    problems = [*check_values(config), *_check_supported(config), *_check_model(config, command)]
     if command == "train":
         problems += _check_train(config)
     if command in ("train", "eval"):
@@ -189,9 +196,7 @@ def _value(config: Config, path: str) -> object:
 def _check_choices(config: Config) -> Iterator[str]:
     for path, allowed in _CHOICES.items():
         value = _value(config, path)
-        if path == "precision" and value == "fp8":
-            yield "precision=fp8: not supported yet; use auto, fp32 or bf16"
-        elif value not in allowed:
+        if value not in allowed:
             yield f"{path}={value}: expected one of {', '.join(allowed)}"
 
 
@@ -245,20 +250,27 @@ def _check_run(config: Config) -> Iterator[str]:
             f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
             "step's tokens come from the newest weights) is supported"
         )
+
+
+def _check_gpu(config: Config) -> Iterator[str]:
+    if problem := check_gpu_name(config.cluster.gpu):
+        yield problem
+
+
+def _check_supported(config: Config) -> Iterator[str]:
+    """What `matpo plan` can reckon with but no run can do."""
     if config.cluster.num_nodes > 1:
         yield f"cluster.num_nodes={config.cluster.num_nodes}: only 1 node is supported"
 
 
 def _check_parallel(config: Config) -> Iterator[str]:
-    parallel, cluster = config.parallel, config.cluster
+    parallel = config.parallel
     # Values below 1 have a line of their own.
     if parallel.stage_size % max(parallel.expert, 1):
         yield (
             f"parallel.expert={parallel.expert}: must divide tensor x context x data = "
             f"{parallel.stage_size}"
         )
-    if cluster.device == "cpu" and config.precision == "bf16":
-        yield "precision=bf16: the CPU platform (cluster.gpus_per_node=0) trains in fp32; use auto"
 
 
 def _check_rollout(config: Config) -> Iterator[str]:
@@ -331,6 +343,12 @@ def _check_layout(config: Config, command: Command) -> Iterator[str]:
         return
     if command != "eval":
         yield from check_layout(hf, config.parallel)
+        layers, stage = config.fp8.first_last_layers_bf16, hf.num_layers // config.parallel.pipeline
+        if layers > stage:
+            yield (
+                f"fp8.first_last_layers_bf16={layers}: must be at most {stage}, the layers of a "
+                "pipeline stage"
+            )
     if command != "sft" and config.rollout.context_length > hf.max_positions:
         yield (
             f"rollout.context_length={config.rollout.context_length}: {config.model.path} has "

@@ -6,9 +6,11 @@ import socket
 from pathlib import Path
 
 from megatron_matpo.config.load import collect_recipe, format_problems
+from megatron_matpo.config.precision import PRECISIONS, Platform, decide_precision
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, collect_violations
 from megatron_matpo.errors import ConfigError, DataError
+from megatron_matpo.launch.driver import ask_driver
 from megatron_matpo.wire import recording_path
 
 
@@ -42,6 +44,8 @@ def machine_violations(config: Config, command: Command) -> list[str]:
         problems += _export_violations(config.sft.export)
     problems += _template_violations(config.model.path)
     problems += _host_violations(config.cluster.host)
+    if command != "eval":
+        problems += _precision_violations(config)
     return problems
 
 
@@ -126,6 +130,18 @@ def _template_violations(folder: str) -> list[str]:
 
     try:
         Chat(Tokenizer.load(folder))
+    except ConfigError as error:
+        return [str(error)]
+    return []
+
+
+def _precision_violations(config: Config) -> list[str]:
+    """The driver's GPU can do what `precision` asks; one that the recipe names was checked."""
+    if config.cluster.device == "cpu" or config.cluster.gpu or config.precision not in PRECISIONS:
+        return []
+    capability = ask_driver()
+    try:
+        decide_precision(config, Platform(capability))
     except ConfigError as error:
         return [str(error)]
     return []

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -31,7 +30,14 @@ from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron.attention import PackedAttention
 from megatron_matpo.megatron.layer_spec import block_spec, family_settings, require_engine
 from megatron_matpo.megatron.memory_policy import recompute_options
-from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
+from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.megatron.precision import (
+    ddp_settings,
+    fused_kernels,
+    parameter_dtype,
+    resolve_precision,
+    transformer_settings,
+)
 from megatron_matpo.megatron.rope import inverse_frequencies
 
 
@@ -78,7 +84,6 @@ def transformer_config(
     config: Config, hf: HfModelConfig, state: ParallelState
 ) -> TransformerConfig:
     """The one place where our configuration becomes Megatron's."""
-    dtype = resolve_precision(config)
     on_cpu = state.device.type == "cpu"
     return TransformerConfig(
         num_layers=hf.num_layers,
@@ -102,9 +107,7 @@ def transformer_config(
         # Experts are whole; Megatron would take the tensor-parallel size.
         expert_tensor_parallel_size=1,
         context_parallel_size=state.cp_size,
-        params_dtype=dtype,
-        bf16=dtype is torch.bfloat16,
-        pipeline_dtype=dtype,
+        **transformer_settings(config, resolve_precision(config)),
         # Weights come from `hf_io` in every case. Not `perform_initialization=False`: that also
         # leaves out the marks by which the gradient norm counts every split parameter.
         init_method=_leave_as_is,
@@ -126,7 +129,7 @@ def transformer_config(
         # Without it every layer waits for the samples' offsets to come to the host, twice.
         apply_rope_fusion=not on_cpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=fused_kernels(state.device.type).grad_accumulation,
         cuda_graph_impl="none",
         **family_settings(hf, on_cpu),
         **recompute_options(config.train),
@@ -180,7 +183,7 @@ def _build_chunk(
         model.output_layer.allreduce_dgrad = True
     _mark_experts(model)
     # The local spec's norms ignore params_dtype.
-    return model.to(device=state.device, dtype=resolve_precision(config))
+    return model.to(device=state.device, dtype=parameter_dtype(config))
 
 
 def _mark_experts(model: PolicyModel) -> None:
@@ -204,6 +207,7 @@ def wrap_ddp(config: Config, models: list[PolicyModel]) -> list[DistributedDataP
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
         average_in_collective=False,
+        **ddp_settings(config, resolve_precision(config)),
     )
     return [DistributedDataParallel(model.config, ddp_config, model) for model in models]
 

@@ -20,7 +20,7 @@ from megatron_matpo.config.train import OptimConfig
 from megatron_matpo.errors import NonFiniteError
 from megatron_matpo.megatron.memory_policy import offload_options
 from megatron_matpo.megatron.optimizer_state import members_of
-from megatron_matpo.megatron.parallel import resolve_precision
+from megatron_matpo.megatron.precision import optimizer_settings, resolve_precision
 
 
 def learning_rate(optim: OptimConfig, update_index: int) -> float:
@@ -54,7 +54,6 @@ def build_optimizer(config: Config, models: Sequence[Any]) -> MegatronOptimizer:
     Every trainer rank calls, with DDP-wrapped chunks that already hold their weights.
     """
     optim = config.optim
-    dtype = resolve_precision(config)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -66,8 +65,7 @@ def build_optimizer(config: Config, models: Sequence[Any]) -> MegatronOptimizer:
             # Clipping happens in `step`, between the check and the update.
             clip_grad=0.0,
             use_distributed_optimizer=True,
-            params_dtype=dtype,
-            bf16=dtype.itemsize == 2,
+            **optimizer_settings(config, resolve_precision(config)),
             **offload_options(optim),
         ),
         list(models),

@@ -82,22 +82,6 @@ class ParallelState:
         return self.rank == 0
 
 
-def resolve_precision(config: Config) -> torch.dtype:
-    """Dtype of the parameters: `precision`, with `auto` meaning fp32 on CPU and bf16 on GPU.
-
-    Raises:
-        ConfigError: bf16 on a GPU that has none, or an unknown word.
-    """
-    word = config.precision
-    if word == "auto":
-        word = "fp32" if config.cluster.device == "cpu" else "bf16"
-    if word not in ("fp32", "bf16"):
-        raise ConfigError(f"precision={config.precision!r}: expected auto, fp32 or bf16")
-    if word == "bf16" and config.cluster.device == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision=bf16: this GPU has no bf16; use precision=fp32")
-    return torch.float32 if word == "fp32" else torch.bfloat16
-
-
 def _check(config: Config, world_size: int) -> None:
     """Refuse what cannot run, before any process waits for another."""
     parallel = config.parallel

@@ -218,6 +218,18 @@ METRICS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "time/collect_s", "s", "wall clock", "The manager's work on the step; may overlap training."
     ),
+    MetricSpec(
+        "memory/peak_gib",
+        "GiB",
+        "rank 0, since the step before",
+        "Most that torch's allocator held on a GPU; only where there is one.",
+    ),
+    MetricSpec(
+        "memory/plan_gib",
+        "GiB",
+        "rank 0's pipeline stage",
+        "What `matpo plan` reckons for it, the reserve left out (docs/memory.md).",
+    ),
     MetricSpec("time/*", "s", "wall clock", "Other phases (checkpoint, eval, ...)."),
     MetricSpec("rollout/episodes", "count", "sum", "Episodes of the step, failed ones included."),
     MetricSpec("rollout/failed", "count", "sum", "Episodes left out because of infrastructure."),

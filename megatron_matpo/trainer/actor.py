@@ -8,6 +8,7 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.parallel import ParallelState, init_parallel
+from megatron_matpo.megatron.precision import describe
 from megatron_matpo.trainer.clock import Clock
 
 
@@ -22,4 +23,6 @@ def build_actor(
     clock.enter("init")
     state = init_parallel(config)
     clock.enter("build model")
+    if state.is_logging_rank:
+        print(describe(config), flush=True)
     return state, MegatronActor(config, HfModelConfig.from_folder(config.model.path), state)

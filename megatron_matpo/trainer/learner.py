@@ -41,6 +41,7 @@ from megatron_matpo.data.schedule import (
 from megatron_matpo.errors import RolloutError
 from megatron_matpo.megatron.actor import MegatronActor, UpdateResult
 from megatron_matpo.megatron.batch import MicroBatch
+from megatron_matpo.megatron.memory import PeakMemory
 from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.megatron.schedule import LossFn
 from megatron_matpo.obs.metrics import REQUIRED
@@ -101,6 +102,7 @@ class PolicyLearner:
         self._actor = actor
         self._state = state
         self._policy = NonFinitePolicy(config.train, run_dir, state)
+        self._memory = PeakMemory(config, state.pp_rank)
 
     def prepare(self, samples: Sequence[TrainSample]) -> list[Update]:
         """Split `samples` (the same list on every rank) into updates, with log-probs to compare to.
@@ -184,7 +186,9 @@ class PolicyLearner:
             if result is not None:
                 results.append(result)
         packing = sum(u.num_tokens for u in updates) / sum(u.room_tokens for u in updates)
+        most = max((len(update.batches) for update in updates), default=1)
         metrics = with_sample_sizes(_combine(results)) | {"train/packing_efficiency": packing}
+        metrics |= self._memory.metrics(most)
         return _learned(metrics, len(results), len(updates) - len(results))
 
     def _split(self, samples: Sequence[TrainSample]) -> tuple[list[list[TrainSample]], list[float]]:

@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from megatron_matpo.config import Config
+from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch import preflight
 from megatron_matpo.launch.preflight import check_recipe
 from megatron_matpo.wire import recording_path
 
@@ -169,3 +172,15 @@ def test_an_export_never_replaces_what_is_not_a_model(recipe, tmp_path):
 def test_a_template_that_cannot_be_appended_to_is_told(recipe, tmp_path):
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     assert any("cannot be used for multi-turn agents" in p for p in problems_of(recipe))
+
+
+@pytest.mark.parametrize(
+    ("capability", "refused"), [((8, 0), True), ((9, 0), False), (None, False)]
+)
+def test_the_driver_says_whether_the_gpu_has_fp8(monkeypatch, capability, refused):
+    monkeypatch.setattr(preflight, "ask_driver", lambda: capability)
+    base = Config(precision="fp8", cluster=ClusterConfig(gpus_per_node=8))
+    lines = [line for line in preflight.machine_violations(base, "sft") if "precision" in line]
+    assert bool(lines) == refused
+    if refused:
+        assert lines[0].startswith("precision=fp8: this GPU (sm_80) has no FP8")

@@ -1,0 +1,1 @@
+"""`matpo plan`: memory, micro-batches and layouts of a run, reckoned before anything starts."""

@@ -1,0 +1,161 @@
+"""Weights, gradients and optimizer of one rank, in bytes. Exact: `tests/dist/test_ledger.py`.
+
+Sources: Megatron-Core 0.16.1, `distributed/param_and_grad_buffer.py:600-700` (flat buffers and
+their padding), `optimizer/distrib_optimizer.py` (what the ranks share); Rajbhandari et al. 2020
+(arXiv:1910.02054, section 3.1) for the bytes per parameter of mixed-precision Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_matpo.planning.shape import Job
+
+_START = 64
+_END = 128
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a rank."""
+
+    numel: int
+    in_layer_matmul: bool = False
+    """A matrix of a layer: what FP8 applies to."""
+    is_shared: bool = False
+    """Tied embedding that lies on two stages, which has a bucket of its own."""
+
+
+def layer_parameters(job: Job) -> list[Parameter]:
+    """One decoder layer on one tensor-parallel rank, in Megatron's order."""
+    hf, t = job.hf, job.layout.tensor
+    h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    bias = [Parameter((q + 2 * k) // t)] if hf.qkv_bias else []
+    norms = [Parameter(hf.head_dim), Parameter(hf.head_dim)] if hf.qk_norm else []
+    return [
+        Parameter(h),
+        Parameter(h * q // t, True),
+        Parameter(h * (q + 2 * k) // t, True),
+        *bias,
+        *norms,
+        Parameter(h),
+        Parameter(2 * h * hf.ffn_size // t, True),
+        Parameter(h * hf.ffn_size // t, True),
+    ]
+
+
+def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
+    """One model chunk of a pipeline stage; the first has the embedding, the last the output layer.
+
+    With tied embeddings the last stage has a copy of the embedding, unless it is the first, too.
+    """
+    hf, layout = job.hf, job.layout
+    embedding = job.padded_vocab // layout.tensor * hf.hidden_size
+    is_first = stage == 0 and chunk == 0
+    is_last = stage == layout.pipeline - 1 and chunk == layout.virtual - 1
+    is_shared = hf.tie_word_embeddings and layout.pipeline > 1
+    result: list[Parameter] = [Parameter(embedding, is_shared=is_shared)] if is_first else []
+    for _ in range(hf.num_layers // (layout.pipeline * layout.virtual)):
+        result += layer_parameters(job)
+    if is_last:
+        result.append(Parameter(hf.hidden_size))
+        if not hf.tie_word_embeddings or is_shared:
+            result.append(Parameter(embedding, is_shared=is_shared))
+    return result
+
+
+def stage_parameters(job: Job, stage: int) -> list[list[Parameter]]:
+    """All chunks of a stage."""
+    return [chunk_parameters(job, stage, chunk) for chunk in range(job.layout.virtual)]
+
+
+def buffer_numel(parameters: list[Parameter], ranks: int) -> int:
+    """Elements of the flat buffer of one chunk, with its padding.
+
+    Parameters begin at multiples of 64 elements and buckets end at multiples of 128 and of `ranks`;
+    gradients are reduced at the end and not overlapped, so there is one bucket, besides that of a
+    shared embedding.
+    """
+    end = math.lcm(ranks, _END)
+    position, open_bucket = 0, False
+    for parameter in reversed(parameters):
+        position = _pad(position, _START)
+        if parameter.is_shared and open_bucket:
+            position, open_bucket = _pad(position, end), False
+        position += parameter.numel
+        open_bucket = True
+        if parameter.is_shared:
+            position, open_bucket = _pad(position, end), False
+    return _pad(position, end) if open_bucket else position
+
+
+def num_parameters(job: Job, stage: int) -> int:
+    """Parameters of a stage on one tensor-parallel rank."""
+    return sum(p.numel for chunk in stage_parameters(job, stage) for p in chunk)
+
+
+def _padded(job: Job, stage: int) -> int:
+    ranks = job.layout.optimizer_ranks
+    return sum(buffer_numel(chunk, ranks) for chunk in stage_parameters(job, stage))
+
+
+def weight_bytes(job: Job, stage: int) -> int:
+    """The model's parameters; with FP8 also the copies that its matrix products read.
+
+    Transformer Engine keeps a matrix twice in FP8, as it is and transposed, between the
+    micro-batches of an update. With `fp8.params` these two are all there is of it.
+    """
+    total = _padded(job, stage) * job.element_bytes
+    if not job.fp8_recipe:
+        return total
+    matmul = _fp8_numel(job, stage)
+    return total + 2 * matmul - (job.element_bytes * matmul if job.fp8_params else 0)
+
+
+def _fp8_numel(job: Job, stage: int) -> int:
+    """Elements of the stage's matrices in FP8; bf16 layers count as spread over all stages."""
+    chunks = stage_parameters(job, stage)
+    matmul = sum(p.numel for chunk in chunks for p in chunk if p.in_layer_matmul)
+    return matmul * (job.hf.num_layers - job.fp8_bf16_layers) // job.hf.num_layers
+
+
+def gradient_bytes(job: Job, stage: int) -> int:
+    """The flat fp32 buffers that micro-batches add into."""
+    return _padded(job, stage) * 4
+
+
+def optimizer_bytes(job: Job, stage: int) -> int:
+    """On the GPU, per rank: fp32 copies of bf16 parameters, and two fp32 moments, split."""
+    if job.layout.offload:
+        return 0
+    return _share(job, stage) * (8 if job.parameters == "fp32" else 12)
+
+
+def host_bytes(job: Job, stage: int) -> int:
+    """In the host's memory, per rank: an offloaded optimizer, and the reference model.
+
+    Megatron's HybridDeviceOptimizer keeps, per parameter, the fp32 copy, a gradient and two moments
+    (`cpu_offloading/hybrid_optimizer.py`).
+    """
+    optimizer = _share(job, stage) * 16 if job.layout.offload else 0
+    reference = num_parameters(job, stage) * job.element_bytes if job.has_reference else 0
+    return optimizer + reference
+
+
+def _share(job: Job, stage: int) -> int:
+    return -(-_padded(job, stage) // job.layout.optimizer_ranks)
+
+
+def total_parameters(job: Job) -> int:
+    """Of the whole model, the padded rows of the vocabulary left out."""
+    hf = job.hf
+    h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    layer = h * (2 * q + 2 * k) + 3 * h * hf.ffn_size + 2 * h
+    layer += (q + 2 * k if hf.qkv_bias else 0) + (2 * hf.head_dim if hf.qk_norm else 0)
+    embeddings = hf.vocab_size * h * (1 if hf.tie_word_embeddings else 2)
+    return hf.num_layers * layer + embeddings + h
+
+
+def _pad(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

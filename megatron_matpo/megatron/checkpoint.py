@@ -44,6 +44,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from megatron_matpo.errors import CheckpointError
 from megatron_matpo.megatron import optimizer_state
 from megatron_matpo.megatron.hf_io import flush_to_disk, replace_folder
+from megatron_matpo.megatron.lora import settings_of
 from megatron_matpo.megatron.model import unwrap
 from megatron_matpo.megatron.parallel import ParallelState
 
@@ -180,7 +181,7 @@ def _layout(state: ParallelState) -> dict[str, int]:
     return {"tensor": state.tp_size, "pipeline": state.pp_size, "data": state.dp_size}
 
 
-def _identity(models: Sequence[Any]) -> dict[str, int]:
+def _identity(models: Sequence[Any]) -> dict[str, Any]:
     """What must be equal for a checkpoint to fit; the same for every layout."""
     model = unwrap(models[0])
     config = model.config
@@ -192,6 +193,7 @@ def _identity(models: Sequence[Any]) -> dict[str, int]:
         "head_dim": config.kv_channels or 0,
         "ffn": config.ffn_hidden_size or 0,
         "tied_embeddings": int(model.share_embeddings_and_output_weights),
+        **settings_of(model),
     }
 
 

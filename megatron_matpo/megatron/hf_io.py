@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.lora import is_adapter, merged_weight
 from megatron_matpo.megatron.mapping import (
     Placed,
     Slicer,
@@ -118,7 +119,7 @@ def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: Paralle
             )
         target.copy_(part)
         filled.add(id(target))
-    forgotten = [name for name, p in parameters.items() if id(p) not in filled]
+    forgotten = [n for n, p in parameters.items() if id(p) not in filled and not is_adapter(n)]
     assert not forgotten, f"megatron.mapping has no rule for {forgotten}"
 
 
@@ -185,7 +186,7 @@ def _gather(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Collect the shards of a parameter on the first tensor-parallel rank of its stage."""
-    local = rule.parameter(parameters).detach().to(dtype).contiguous()
+    local = merged_weight(rule.parameter(parameters)).to(dtype).contiguous()
     shards = [local]
     if state.tp_size > 1 and rule.sharding != "replicated":
         is_root = state.tp_rank == 0

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.lora import add_adapters, describe_shards
 from megatron_matpo.megatron.parallel import ParallelState, resolve_precision
 
 
@@ -81,6 +82,10 @@ class PolicyModel(GPTModel):
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[s, b, h]; after the final norm on the last stage."""
         return hidden_states
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's description for checkpoints, which knows nothing of adapters."""
+        return describe_shards(self, super().sharded_state_dict(*args, **kwargs))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[n, h] -> [n, V/tp]. Last stage only; its tensor-parallel ranks call together."""
@@ -192,6 +197,7 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     )
     # The local spec's norms ignore params_dtype.
     model = model.to(device=state.device, dtype=resolve_precision(config))
+    add_adapters([model], hf, config.lora, state)
     return [model]
 
 

@@ -111,7 +111,8 @@ def _bases(
         if isinstance(base, ShardedTensor | ShardedTensorFactory)
     }
     for name, parameter in model.named_parameters():
-        yield name, parameter, by_parameter[id(parameter)]
+        if parameter.requires_grad:
+            yield name, parameter, by_parameter[id(parameter)]
 
 
 def _shard(member: Any, parameter: Tensor) -> _Shard:

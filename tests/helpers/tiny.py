@@ -94,7 +94,7 @@ def weighted_loss(
     return loss, metrics
 
 
-def reference_logprobs(folder: Path, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+def reference_logprobs(folder: Any, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
     """What transformers says: (logprobs, entropies) [b, s], 0 where the loss mask is 0."""
     model = _reference(folder)
     results = []
@@ -108,7 +108,7 @@ def reference_logprobs(folder: Path, batches: Sequence[MicroBatch]) -> list[tupl
     return results
 
 
-def reference_grads(folder: Path, batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+def reference_grads(folder: Any, batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
     """Gradients of the summed `weighted_loss` by Hugging Face name, from transformers."""
     model = _reference(folder)
     for batch in batches:
@@ -118,7 +118,10 @@ def reference_grads(folder: Path, batches: Sequence[MicroBatch]) -> dict[str, Te
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _reference(folder: Path) -> Any:
+def _reference(folder: Any) -> Any:
+    """The model of a folder; a model stays what it is."""
     from transformers import AutoModelForCausalLM
 
+    if not isinstance(folder, Path):
+        return folder
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -103,22 +103,6 @@ class Adapter(nn.Module):
         """Inputs are split over the tensor-parallel ranks, not outputs."""
         return self.adapted.rule.sharding is Sharding.ROW
 
-    def wide_b(self) -> Tensor:
-        """[o, n * r]: B with each row in the columns of its target, so that one product serves all.
-
-        n times the arithmetic of separate products, which is little beside the base's, and nothing
-        of the size of an activation has to be rearranged.
-        """
-        if self.owner is None:
-            return self.B
-        return (self.B.unsqueeze(1) * self.owner.unsqueeze(2)).flatten(1)
-
-    @torch.no_grad()
-    def merged(self, weight: Tensor) -> Tensor:
-        """[o, i] float32: what acts on an input, computed from this rank's parts alone."""
-        result = weight.to(torch.float32, copy=True)
-        return result.addmm_(self.wide_b().float(), self.A.float(), alpha=self.settings.scale)
-
     def _add_to_output(
         self, base: nn.Module, args: tuple[Tensor, ...], result: tuple[Tensor, Any]
     ) -> tuple[Tensor, Any] | None:
@@ -144,18 +128,39 @@ class Adapter(nn.Module):
         else:
             # Identity here; in the backward pass the sum over the ranks' outputs.
             u = copy_to_tensor_model_parallel_region(u)
-        flat = torch.addmm(output.flatten(0, -2), u.flatten(0, -2), self.wide_b().t())
+        wide = widen(self.B, self.owner)
+        flat = torch.addmm(output.flatten(0, -2), u.flatten(0, -2), wide.t())
         return flat.view_as(output), bias
 
 
-def adapted_linears(hf: HfModelConfig, lora: LoraConfig, state: ParallelState) -> list[Adapted]:
-    """All linears with adapters, of all stages, in export order; the same list on every rank.
+def widen(b: Tensor, owner: Tensor | None) -> Tensor:
+    """[o, n * r]: B [o, r] with each row in its target's columns, so that one product serves all.
+
+    n times the arithmetic of separate products, which is little beside the base's, and nothing of
+    the size of an activation has to be rearranged.
+    """
+    return b if owner is None else (b.unsqueeze(1) * owner.unsqueeze(2)).flatten(1)
+
+
+@torch.no_grad()
+def merge(weight: Tensor, a: Tensor, b: Tensor, owner: Tensor | None, scale: float) -> Tensor:
+    """[o, i] float32, new: W + scale * B A, of whole matrices or of one rank's parts."""
+    wide = widen(b.float(), None if owner is None else owner.float())
+    return weight.to(torch.float32, copy=True).addmm_(wide, a.float(), alpha=scale)
+
+
+def adapted_linears(
+    hf: HfModelConfig, lora: LoraConfig, pp_size: int = 1, tp_rank: int = 0, tp_size: int = 1
+) -> list[Adapted]:
+    """All linears with adapters, of all stages, in export order.
+
+    Only `owner` differs between ranks. Without a layout: of the model as one rank would hold it.
 
     Raises:
         ConfigError: a target exists as experts of a mixture.
     """
     result: list[Adapted] = []
-    for rule in placed_rules(hf, state.pp_size):
+    for rule in placed_rules(hf, pp_size):
         weights = [name for name in rule.hf if _layer(name) in lora.layers]
         experts = [name for name in weights if ".experts." in name]
         if experts:
@@ -166,8 +171,8 @@ def adapted_linears(hf: HfModelConfig, lora: LoraConfig, state: ParallelState) -
         if weights:
             owner = None
             if rule.sharding is not Sharding.ROW:
-                columns = [_rows_of(name, rule, hf, state) for name in weights]
-                owner = torch.cat(columns, dim=1)
+                rows = [_rows_of(name, rule, hf, tp_rank, tp_size) for name in weights]
+                owner = torch.cat(rows, dim=1)
             result.append(Adapted(rule, tuple(weights), owner))
     return result
 
@@ -178,14 +183,14 @@ def _layer(weight: str) -> str:
     return name if kind == "weight" else ""
 
 
-def _rows_of(target: str, rule: Placed, hf: HfModelConfig, state: ParallelState) -> Tensor:
+def _rows_of(target: str, rule: Placed, hf: HfModelConfig, tp_rank: int, tp_size: int) -> Tensor:
     """[o, 1]: 1 where a row of this rank's fused weight is one of `target`'s."""
 
     def read(name: str, dim: int | None, start: int, stop: int) -> Tensor:
         assert dim == 0, "a column-parallel weight is cut by rows"
         return torch.full((stop - start, 1), float(name == target))
 
-    return local_part(rule, read, hf, state.tp_rank, state.tp_size)
+    return local_part(rule, read, hf, tp_rank, tp_size)
 
 
 def add_adapters(
@@ -202,7 +207,7 @@ def add_adapters(
         return
     for model in models:
         model.requires_grad_(False)
-    for adapted in adapted_linears(hf, lora, state):
+    for adapted in adapted_linears(hf, lora, state.pp_size, state.tp_rank, state.tp_size):
         if adapted.rule.stage == state.pp_rank:
             model = models[0]
             parameters = dict(model.named_parameters())
@@ -235,8 +240,10 @@ def merged_weight(parameter: Tensor) -> Tensor:
 
     The parameter itself is never changed; without an adapter the result shares its memory.
     """
-    adapter: Adapter | None = getattr(parameter, "adapter", None)
-    return parameter.detach() if adapter is None else adapter.merged(parameter.detach())
+    own: Adapter | None = getattr(parameter, "adapter", None)
+    if own is None:
+        return parameter.detach()
+    return merge(parameter.detach(), own.A, own.B, own.owner, own.settings.scale)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def adapter_tensors(
         return {}
     mine = {adapter.adapted.rule.hf: adapter for adapter in adapters(models)}
     result: dict[str, Tensor] = {}
-    for adapted in adapted_linears(hf, lora, state):
+    for adapted in adapted_linears(hf, lora, state.pp_size):
         part = None
         if adapted.rule.stage == state.pp_rank:
             adapter = mine[adapted.rule.hf]

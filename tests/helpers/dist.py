@@ -1,8 +1,8 @@
 """Run functions on several gloo ranks, with a deadline.
 
-Importing Megatron takes seconds per process, so `RankPool` keeps its processes and runs one
-function after the other on them. After a failure or a timeout its processes are killed and started
-anew.
+Importing Megatron takes ten seconds, so it is done once, in a server from which ranks are forked,
+and `RankPool` keeps its processes and runs one function after the other on them. After a failure or
+a timeout its processes are killed and started anew.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ class RankPool:
     def _grow(self, world_size: int) -> None:
         """Start missing processes."""
         os.environ["OMP_NUM_THREADS"] = "1"
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        # Has no effect on a server that runs already. Nothing here starts a thread on import.
+        context.set_forkserver_preload(["tests.helpers.preload"])
         while len(self._ranks) < world_size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -63,7 +63,8 @@ class Shape:
 
     @classmethod
     def of(cls, hf: HfModelConfig) -> Shape:
-        """Of a dense decoder."""
+        """Of a decoder, dense or with experts."""
+        moe = hf.moe
         return cls(
             num_layers=hf.num_layers,
             hidden_size=hf.hidden_size,
@@ -71,6 +72,10 @@ class Shape:
             kv_size=hf.num_kv_heads * hf.head_dim,
             ffn_size=hf.ffn_size,
             vocab_size=hf.vocab_size,
+            num_expert_layers=sum(moe.layers) if moe else 0,
+            num_experts=moe.num_experts if moe else 0,
+            experts_per_token=moe.experts_per_token if moe else 0,
+            expert_size=moe.ffn_size if moe else 0,
         )
 
     @property

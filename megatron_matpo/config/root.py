@@ -9,6 +9,7 @@ from megatron_matpo.config.algo import AlgoConfig
 from megatron_matpo.config.data import DataConfig
 from megatron_matpo.config.evaluation import EvalConfig
 from megatron_matpo.config.fp8 import Fp8Config
+from megatron_matpo.config.lora import LoraConfig
 from megatron_matpo.config.reward import RewardConfig
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.config.run import CheckpointConfig, ClusterConfig, ObsConfig, RunConfig
@@ -46,6 +47,7 @@ class Config:
     tools: ToolsConfig = field(default_factory=ToolsConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)

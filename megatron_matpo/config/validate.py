@@ -21,6 +21,7 @@ from megatron_matpo.config.validate_agents import check_agent, check_agent_limit
 from megatron_matpo.config.validate_algo import check_algo, warn_algo
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
+from megatron_matpo.config.validate_lora import check_lora, check_lora_model
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
 from megatron_matpo.config.validate_train import TRAIN_AT_LEAST, TRAIN_CHOICES, check_train
@@ -89,6 +90,7 @@ _AT_LEAST: dict[str, float] = {
     "reward.judge.temperature": 0,
     "rollout.dynamic_sampling_max_rounds": 1,
     "algo.updates_per_step": 1,
+    "lora.rank": 0,
     "algo.clip_low": 0,
     "algo.clip_high": 0,
     "algo.dual_clip": 0,
@@ -145,7 +147,7 @@ def check_values(config: Config) -> list[str]:
     ]
     for name, agent in config.agents.items():
         problems += check_agent(name, agent)
-    for check in (check_tools, check_reward, check_algo, check_eval, check_train):
+    for check in (check_tools, check_reward, check_algo, check_eval, check_train, check_lora):
         problems += check(config)
     return problems
 
@@ -349,6 +351,7 @@ def _check_layout(config: Config, command: Command) -> Iterator[str]:
                 f"fp8.first_last_layers_bf16={layers}: must be at most {stage}, the layers of a "
                 "pipeline stage"
             )
+        yield from check_lora_model(config, hf)
     if command != "sft" and config.rollout.context_length > hf.max_positions:
         yield (
             f"rollout.context_length={config.rollout.context_length}: {config.model.path} has "

@@ -7,8 +7,10 @@ bring their own micro-batches, equally many; ranks of one replica bring the same
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import NonFiniteError
-from megatron_matpo.megatron import hf_io, optimizer
+from megatron_matpo.megatron import hf_io, lora, lora_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.checkpoint import Checkpoints
 from megatron_matpo.megatron.host_weights import HostWeights
@@ -55,7 +57,7 @@ class MegatronActor:
         self._models: list[Any] = wrap_ddp(config, build_model(config, hf, state))
         self._optimizer = optimizer.build_optimizer(config, self._models)
         self._checkpoints = Checkpoints(config, self._models, self._optimizer, state)
-        self._reference: HostWeights | None = None
+        self._reference: Callable[[], AbstractContextManager[None]] | None = None
 
     def load_initial(self) -> None:
         """Take the weights of `model.path`, or seeded random ones with `model.random_init`.
@@ -67,6 +69,7 @@ class MegatronActor:
             hf_io.init_random(self._models, self._hf, self._config.run.seed, self._state)
         else:
             hf_io.load_hf(self._models, self._hf, self._config.model.path, self._state)
+        lora_io.init_adapters(self._models, self._config.run.seed, self._state)
         # The fp32 copies that a bf16 model trains were made from undefined weights.
         self._optimizer.reload_model_params()
 
@@ -74,21 +77,26 @@ class MegatronActor:
         """Keep a frozen copy of `model.path`'s weights on the host, for `score_reference`.
 
         Passes through the model's own parameters, so it comes before `load_initial` or `restore`.
+        With adapters there is nothing to keep: the model without them is the reference.
 
         Raises:
             ConfigError: the folder does not hold the model that its config.json describes.
         """
+        if self._config.lora.rank:
+            self._reference = partial(lora.switched_off, self._models)
+            return
         hf_io.load_hf(self._models, self._hf, self._config.model.path, self._state)
-        self._reference = HostWeights(self._models)
+        self._reference = HostWeights(self._models).swapped_in
 
     def score_reference(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
-        """`score` with the weights that `load_reference` kept; the model's own are back after it.
+        """`score` as the reference of `load_reference`; the model is the policy again after it.
 
-        Parameters come back bit for bit; optimizer state is not touched. Takes the time of two
-        copies of this rank's weights over the bus, and the memory of one more parameter.
+        Parameters come back bit for bit; optimizer state is not touched. Without adapters it takes
+        the time of two copies of this rank's weights over the bus, and the memory of one more
+        parameter.
         """
         assert self._reference is not None, "load_reference() was not called"
-        with self._reference.swapped_in():
+        with self._reference():
             return self.score(micro_batches)
 
     def score(self, micro_batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
@@ -215,3 +223,7 @@ class MegatronActor:
     def save_hf(self, folder: str | Path) -> None:
         """Write the policy as a Hugging Face folder; see `hf_io.save_hf`."""
         hf_io.save_hf(self._models, self._hf, folder, self._state, self._config.model.path)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write the adapter as PEFT does; see `lora_io.save_adapter`. Only with `lora.rank`."""
+        lora_io.save_adapter(self._models, self._hf, self._config.lora, self._state, folder)

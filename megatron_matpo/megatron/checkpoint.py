@@ -30,6 +30,7 @@ from megatron_matpo.errors import CheckpointError
 from megatron_matpo.megatron import optimizer_state
 from megatron_matpo.megatron.checkpoint_writer import CheckpointWriter
 from megatron_matpo.megatron.control import ControlGroup
+from megatron_matpo.megatron.lora import settings_of
 from megatron_matpo.megatron.model import unwrap
 from megatron_matpo.megatron.parallel import ParallelState
 
@@ -186,7 +187,7 @@ class Checkpoints:
             "data": state.dp_size,
         }
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to fit; the same for every layout."""
         model = unwrap(self._models[0])
         config = model.config
@@ -202,6 +203,7 @@ class Checkpoints:
             "experts": config.num_moe_experts or 0,
             "expert_ffn": config.moe_ffn_hidden_size or 0,
             "tied_embeddings": int(model.share_embeddings_and_output_weights),
+            **settings_of(model),
         }
 
     def _sharded_state(self, *, is_loading: bool) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.megatron.lora import is_adapter, merged_weight
 from megatron_matpo.megatron.mapping import (
     Placed,
     Slicer,
@@ -124,7 +125,12 @@ def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: Paralle
             )
         target.copy_(part)
         filled.add(id(target))
-    forgotten = [name for chunk in chunks for name, p in chunk.items() if id(p) not in filled]
+    forgotten = [
+        name
+        for chunk in chunks
+        for name, p in chunk.items()
+        if id(p) not in filled and not is_adapter(name)
+    ]
     assert not forgotten, f"megatron.families has no rule for {forgotten}"
 
 
@@ -224,7 +230,7 @@ def _gather(
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Collect the shards of a parameter on the first tensor-parallel rank of its stage."""
-    parameter = rule.parameter(parameters).detach()
+    parameter = merged_weight(rule.parameter(parameters))
     local = parameter.to(dtype).contiguous()
     shards = [local]
     if state.tp_size > 1 and rule.sharding.is_split:

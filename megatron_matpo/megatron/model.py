@@ -29,6 +29,7 @@ from megatron_matpo.config.hf_model import HfModelConfig, check_layout
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron.attention import PackedAttention
 from megatron_matpo.megatron.layer_spec import block_spec, family_settings, require_engine
+from megatron_matpo.megatron.lora import add_adapters, describe_shards
 from megatron_matpo.megatron.memory_policy import recompute_options
 from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.megatron.precision import (
@@ -60,6 +61,10 @@ class PolicyModel(GPTModel):
         return gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False
         )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's description for checkpoints, which knows nothing of adapters."""
+        return describe_shards(self, super().sharded_state_dict(*args, **kwargs))
 
     def output_weight(self) -> Tensor:
         """[V/tp, h] of the output layer, the embedding's if they are tied. Last stage only."""
@@ -150,7 +155,9 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     if state.device.type != "cpu":
         require_engine()
     megatron = transformer_config(config, hf, state)
-    return [_build_chunk(config, hf, state, megatron, chunk) for chunk in range(state.vp_size)]
+    models = [_build_chunk(config, hf, state, megatron, chunk) for chunk in range(state.vp_size)]
+    add_adapters(models, hf, config.lora, state)
+    return models
 
 
 def _build_chunk(

@@ -218,6 +218,13 @@ def context_group() -> dist.ProcessGroup:
     return _group(mpu.get_context_parallel_group())
 
 
+def model_group() -> dist.ProcessGroup:
+    """Ranks that hold one replica of the model together: stage by stage, each in tensor order."""
+    from megatron.core import parallel_state as mpu
+
+    return _group(mpu.get_model_parallel_group())
+
+
 def data_group() -> dist.ProcessGroup:
     """Ranks that hold the same parameters for different micro-batches, or other tokens of them."""
     from megatron.core import parallel_state as mpu

@@ -239,7 +239,9 @@ class Run:
         self.actor.finish_save()
         if self.config.checkpoint.export_hf:
             self.clock.enter("export")
-            self.actor.save_hf(self.run_dir / "checkpoints" / "hf")
+            self.actor.save_hf(self.run_dir / CHECKPOINTS / "hf")
+        if self.config.lora.rank:
+            self.actor.save_adapter(self.run_dir / CHECKPOINTS / "adapter")
         self.sync.close()
         if self.log is not None:
             self.log.report()

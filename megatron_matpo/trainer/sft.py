@@ -16,7 +16,14 @@ from megatron_matpo.trainer.actor import build_actor
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import SupervisedLearner
 from megatron_matpo.trainer.process import run_rank
-from megatron_matpo.trainer.run import Progress, RunLog, is_due, load_progress, save_progress
+from megatron_matpo.trainer.run import (
+    CHECKPOINTS,
+    Progress,
+    RunLog,
+    is_due,
+    load_progress,
+    save_progress,
+)
 from megatron_matpo.trainer.throughput import Throughput
 
 
@@ -57,7 +64,9 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
     clock.enter("checkpoint")
     actor.finish_save()
     clock.enter("export")
-    actor.save_hf(config.sft.export or run_dir / "checkpoints" / "hf")
+    actor.save_hf(config.sft.export or run_dir / CHECKPOINTS / "hf")
+    if config.lora.rank:
+        actor.save_adapter(run_dir / CHECKPOINTS / "adapter")
     if log is not None:
         log.close()
     clock.enter("finished")

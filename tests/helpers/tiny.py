@@ -117,7 +117,7 @@ def weighted_loss(
     return loss, metrics
 
 
-def reference_logprobs(folder: Path, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
+def reference_logprobs(folder: Any, batches: Sequence[MicroBatch]) -> list[tuple[Tensor, Tensor]]:
     """What transformers says, unpacked: (logprobs, entropies) [t], 0 where the loss mask is 0."""
     model = _reference(folder)
     results = []
@@ -131,7 +131,7 @@ def reference_logprobs(folder: Path, batches: Sequence[MicroBatch]) -> list[tupl
     return results
 
 
-def reference_grads(folder: Path, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
+def reference_grads(folder: Any, batches: Sequence[MicroBatch]) -> tuple[float, dict[str, Tensor]]:
     """Summed `weighted_loss` and its gradients by Hugging Face name: transformers, unpacked."""
     model = _reference(folder)
     total = 0.0
@@ -144,7 +144,10 @@ def reference_grads(folder: Path, batches: Sequence[MicroBatch]) -> tuple[float,
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _reference(folder: Path) -> Any:
+def _reference(folder: Any) -> Any:
+    """The model of a folder; a model stays what it is."""
     from transformers import AutoModelForCausalLM
 
+    if not isinstance(folder, Path):
+        return folder
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

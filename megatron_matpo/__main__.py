@@ -177,12 +177,7 @@ def _dispatch(options: argparse.Namespace) -> int:
 
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
         case "plan":
-            from megatron_matpo.planning.command import Expectation, as_json, make_run_plan
-            from megatron_matpo.planning.text import as_text
-
-            known = Expectation(options.lengths, options.mean_tokens, options.workers)
-            plan = make_run_plan(options.recipe, options.overrides, known)
-            print(as_json(plan) if options.json else as_text(plan), end="")
+            print(_planned(options), end="")
         case "data":
             return run_data(options)
         case "report":
@@ -194,6 +189,15 @@ def _dispatch(options: argparse.Namespace) -> int:
 
             print(status_text(options.run_dir))
     return 0
+
+
+def _planned(options: argparse.Namespace) -> str:
+    from megatron_matpo.planning.command import Expectation, as_json, make_run_plan
+    from megatron_matpo.planning.text import as_text
+
+    known = Expectation(options.lengths, options.mean_tokens, options.workers)
+    plan = make_run_plan(options.recipe, options.overrides, known)
+    return as_json(plan) if options.json else as_text(plan)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,11 @@ LAYOUTS = [
 
 
 def make_wide_model(folder: Path) -> Path:
-    """8 layers, 8 key/value heads and 8 x 6 channels: up to 8 ranks in each dimension."""
+    """8 layers, 8 key/value heads and 8 x 6 channels: up to 8 ranks in each dimension.
+
+    Heads of 8: the norm over a head of 4 amplifies float32 rounding to 8e-6 on a single rank and
+    1.01e-5 on TP8, at the bound; with 8 both stay below 4e-6.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -57,7 +61,7 @@ def make_wide_model(folder: Path) -> Path:
             num_hidden_layers=8,
             num_attention_heads=16,
             num_key_value_heads=8,
-            head_dim=4,
+            head_dim=8,
             max_position_embeddings=128,
             tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -128,11 +132,9 @@ def test_an_update_is_the_oracles(ranks: RankPool, model_folder, expected, layou
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_every_layout_gives_the_oracles_update(ranks: RankPool, model_folder, expected):
-    assert len(LAYOUTS) == 26
-    for layout in LAYOUTS:
-        check(ranks, model_folder, layout, expected)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_gives_the_oracles_update(ranks: RankPool, model_folder, expected, layout):
+    check(ranks, model_folder, layout, expected)
 
 
 def test_the_problems_use_what_they_claim(expected):

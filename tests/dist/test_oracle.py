@@ -3,8 +3,9 @@
 Proved, from trees of episodes to full gradients: the loss within 1e-6 relative, every gradient
 within 1e-5 of its largest entry, with and without workers, for several micro-batch budgets, for
 clipped ratios to the engine's log-probs and for truncated importance weights, for means over
-tokens, trajectories and episodes. `make test` runs a few layouts, one of 8 ranks; all 26 that the model
-allows are `pytest -m sweep tests/dist/test_oracle.py`. Not proved: bf16, NCCL, Transformer Engine.
+tokens, trajectories and episodes. `make test` runs a few layouts, one of 8 ranks; all 26 that the
+model allows are `pytest -m sweep tests/dist/test_oracle.py`. Not proved: bf16, NCCL, Transformer
+Engine.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.dist
 
 WITH_WORKERS = for_tiny_model(make_episodes(3, num_groups=2))
 ALONE = for_tiny_model(make_episodes(4, num_groups=2, max_workers=0))
-# What is computed, apart from how it is cut: batch and changes of `algo`. Terms of both signs add up
-# to no less than a tenth of their size, so that a relative bound is one on the arithmetic.
+# What is computed, apart from how it is cut: batch and changes of `algo`. Terms of both signs do not
+# cancel to less than 0.1 (advantages are about 1), so that a relative bound is one on arithmetic.
 PROBLEMS: list[tuple[RolloutBatch, dict[str, object]]] = [
     (WITH_WORKERS, {"old_logprobs": "engine", "clip_low": 0.1, "clip_high": 0.3}),
     (WITH_WORKERS, {"tis": "truncate", "tis_cap": 1.2, "aggregation": "trajectory"}),

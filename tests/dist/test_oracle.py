@@ -3,8 +3,9 @@
 Proved, from trees of episodes to full gradients: the loss within 1e-6 relative, every gradient
 within 1e-5 of its largest entry, with and without workers, for several micro-batch budgets, for
 clipped ratios to the engine's log-probs and for truncated importance weights, for means over
-tokens, trajectories and episodes. `make test` runs a few layouts, one of 8 ranks; all 26 that the model
-allows are `pytest -m sweep tests/dist/test_oracle.py`. Not proved: bf16, NCCL, Transformer Engine.
+tokens, trajectories and episodes. `make test` runs a few layouts, one of 8 ranks; all 26 that the
+model allows are `pytest -m sweep tests/dist/test_oracle.py`. Not proved: bf16, NCCL, Transformer
+Engine.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ pytestmark = pytest.mark.dist
 
 WITH_WORKERS = for_tiny_model(make_episodes(3, num_groups=2))
 ALONE = for_tiny_model(make_episodes(4, num_groups=2, max_workers=0))
-# What is computed, apart from how it is cut: batch and changes of `algo`. Terms of both signs add up
-# to no less than a tenth of their size, so that a relative bound is one on the arithmetic.
+# What is computed, apart from how it is cut: batch and changes of `algo`. Terms of both signs do not
+# cancel to less than 0.1 (advantages are about 1), so that a relative bound is one on arithmetic.
 PROBLEMS: list[tuple[RolloutBatch, dict[str, object]]] = [
     (WITH_WORKERS, {"old_logprobs": "engine", "clip_low": 0.1, "clip_high": 0.3}),
     (WITH_WORKERS, {"tis": "truncate", "tis_cap": 1.2, "aggregation": "trajectory"}),
@@ -45,7 +46,11 @@ LAYOUTS = [
 
 
 def make_wide_model(folder: Path) -> Path:
-    """8 layers, 8 key/value heads and 8 x 6 channels: up to 8 ranks in each dimension."""
+    """8 layers, 8 key/value heads and 8 x 6 channels: up to 8 ranks in each dimension.
+
+    Heads of 8: the norm over a head of 4 amplifies float32 rounding to 8e-6 on a single rank and
+    1.01e-5 on TP8, at the bound; with 8 both stay below 4e-6.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -57,7 +62,7 @@ def make_wide_model(folder: Path) -> Path:
             num_hidden_layers=8,
             num_attention_heads=16,
             num_key_value_heads=8,
-            head_dim=4,
+            head_dim=8,
             max_position_embeddings=128,
             tie_word_embeddings=False,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},
@@ -128,11 +133,9 @@ def test_an_update_is_the_oracles(ranks: RankPool, model_folder, expected, layou
 
 
 @pytest.mark.sweep
-@pytest.mark.timeout(3600)
-def test_every_layout_gives_the_oracles_update(ranks: RankPool, model_folder, expected):
-    assert len(LAYOUTS) == 26
-    for layout in LAYOUTS:
-        check(ranks, model_folder, layout, expected)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_every_layout_gives_the_oracles_update(ranks: RankPool, model_folder, expected, layout):
+    check(ranks, model_folder, layout, expected)
 
 
 def test_the_problems_use_what_they_claim(expected):

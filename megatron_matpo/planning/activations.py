@@ -38,11 +38,11 @@ def attention_bytes_per_token(job: Job) -> float:
     groups for the norm; queries and keys after norm and rotation; the output (with FP8 twice: for
     attention and for the product); one number per head; 1 / rms per head of queries and keys;
     cosine and sine for both, whole on every rank. torch's norms also keep queries and keys times
-    1 / rms.
+    1 / rms, and the local core the output of each sample beside the row that they are joined to.
     """
     hf, t = job.hf, job.layout.tensor
     q, k = hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
-    elements = (q + 2 * k) + q + (q + k) + q + (q + k if job.is_local else 0)
+    elements = (q + 2 * k) + q + (q + k) + q + (2 * q + k if job.is_local else 0)
     per_head = 4 * (2 * hf.num_heads + hf.num_kv_heads)
     again = q if job.fp8_recipe else 0
     rotation = 4 * hf.head_dim * job.element_bytes

@@ -195,10 +195,7 @@ def test_a_missing_node_is_named_with_the_command_that_installs_it(config, monke
     assert "apt-get install nodejs npm" in line
 
 
-@pytest.mark.parametrize("setting", ["context", "expert"])
-def test_what_only_the_plan_can_reckon_with_is_refused_for_a_run(config, setting):
-    lines = collect_violations(section(config, "parallel", **{setting: 2}), command="train")
-    assert any(line.startswith(f"parallel.{setting}=2: only 1 is supported") for line in lines)
+def test_what_only_the_plan_can_reckon_with_is_refused_for_a_run(config):
     several = section(config, "cluster", num_nodes=2)
     (line,) = collect_violations(several, command="train")
     assert line == "cluster.num_nodes=2: only 1 node is supported"

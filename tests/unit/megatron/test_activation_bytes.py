@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.megatron.model import build_model
@@ -37,9 +38,15 @@ def test_a_layer_keeps_what_the_formula_says(tmp_path, tokens):
             return tensor
 
         hidden = torch.randn(tokens, 1, hf.hidden_size, requires_grad=True) * 1
-        rotary = model.rotary_pos_emb(tokens)
+        rotary = model.rotary_pos_emb(tokens, packed_seq=True)
+        # Two samples: what attention keeps does not depend on where they begin.
+        offsets = torch.tensor([0, tokens // 4, tokens], dtype=torch.int32)
+        longest = tokens - tokens // 4
+        packing = PackedSeqParams("thd", offsets, offsets, None, None, longest, longest)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model.decoder.layers[1](hidden, attention_mask=None, rotary_pos_emb=rotary)
+            model.decoder.layers[1](
+                hidden, attention_mask=None, rotary_pos_emb=rotary, packed_seq_params=packing
+            )
     finally:
         destroy_parallel()
     assert sum(kept.values()) == tokens * layer_bytes_per_token(job_of(config, hf))

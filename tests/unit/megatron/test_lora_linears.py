@@ -13,6 +13,7 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.lora import LoraConfig
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.megatron import lora
+from megatron_matpo.megatron.parallel import ParallelState
 
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -50,12 +51,29 @@ def test_every_layer_has_its_linears_in_export_order(hf):
     assert lora.adapted_linears(hf, LoraConfig()) == []
 
 
+def state(tp_rank: int, tp_size: int) -> ParallelState:
+    """Of one tensor-parallel rank."""
+    return ParallelState(
+        rank=tp_rank,
+        world_size=tp_size,
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+        pp_rank=0,
+        pp_size=1,
+        dp_rank=0,
+        dp_size=1,
+        cp_rank=0,
+        cp_size=1,
+        device=torch.device("cpu"),
+    )
+
+
 def test_owners_follow_the_rows_of_a_fused_weight(hf):
     """A kv group is 4 rows of queries, 2 of key, 2 of value; gate and up are halves."""
     settings = LoraConfig(rank=1, targets=["q_proj", "v_proj", "up_proj"])
     group = [[1, 0]] * 4 + [[0, 0]] * 2 + [[0, 1]] * 2
     for tp_size, tp_rank in ((1, 0), (2, 0), (2, 1)):
-        qkv, fc1 = lora.adapted_linears(hf, settings, 1, tp_rank, tp_size)[:2]
+        qkv, fc1 = lora.adapted_linears(hf, settings, state(tp_rank, tp_size))[:2]
         assert qkv.owner is not None and fc1.owner is not None
         assert qkv.owner.tolist() == group * (2 // tp_size)
         half = 6 // tp_size

@@ -57,7 +57,12 @@ def test_every_token_is_on_one_rank_and_padding_is_not_trained(shape, tp, cp):
     for part in parts:
         assert len(part.source) == sum(segments) // cp and len(part.source) % tp == 0
         is_real = part.source >= 0
-        for name, value in part.batch.tensors().items():
+        tensors = part.batch.tensors()
+        owners = torch.arange(len(batch.lengths)).repeat_interleave(torch.tensor(batch.lengths))
+        index = tensors.pop("sample_index")
+        assert torch.equal(index[is_real], owners[part.source[is_real]])
+        assert bool((index[~is_real] == -1).all())
+        for name, value in tensors.items():
             assert torch.equal(value[is_real], batch.tensors()[name][part.source[is_real]]), name
             assert not value[~is_real].any(), name
 

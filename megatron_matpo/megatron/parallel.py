@@ -7,6 +7,7 @@ the first rank of every dimension.
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import random
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_matpo.config import Config
+from megatron_matpo.config.precision import FP8_RECIPES
 from megatron_matpo.errors import ConfigError, DeadlineError
 from megatron_matpo.megatron import cpu_backend
+from megatron_matpo.megatron.precision import resolve_precision
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -45,6 +48,8 @@ class ParallelState:
     """Ranks of a stage that share the experts; consecutive in the order tensor, context, data."""
     edp_rank: int = 0
     """Among the ranks that hold the same experts for different tokens."""
+    fp8_rows: int = 1
+    """What FP8 matrix products need the number of tokens of a rank to be a multiple of."""
 
     @property
     def is_first_stage(self) -> bool:
@@ -73,8 +78,12 @@ class ParallelState:
 
     @property
     def row_multiple(self) -> int:
-        """What the length of a packed row is a multiple of; sequence parallelism cuts it by tp."""
-        return self.sample_multiple * self.tp_size
+        """What the length of a packed row is a multiple of.
+
+        Context parallelism cuts it by cp, sequence parallelism that by tp, and what is left are the
+        rows of FP8 products.
+        """
+        return math.lcm(self.sample_multiple, self.cp_size * self.tp_size * self.fp8_rows)
 
     @property
     def is_logging_rank(self) -> bool:
@@ -167,6 +176,7 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
         # Second groups on gloo serve checkpoint formats that are not used here.
         create_gloo_process_groups=False,
     )
+    recipe = resolve_precision(config).fp8_recipe
     state = ParallelState(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -183,6 +193,7 @@ def _model_parallel(config: Config, device: torch.device) -> ParallelState:
         ep_rank=mpu.get_expert_model_parallel_rank(),
         ep_size=mpu.get_expert_model_parallel_world_size(),
         edp_rank=mpu.get_expert_data_parallel_rank(),
+        fp8_rows=FP8_RECIPES[recipe].token_multiple if recipe else 1,
     )
     # Stages differ, data-parallel replicas do not: they hold the same parameters.
     seed = config.run.seed + 100 * state.pp_rank

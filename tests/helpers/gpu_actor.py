@@ -72,17 +72,17 @@ def learnable_batch(tokens: int, seed: int) -> MicroBatch:
     """A row of a short repeating pattern: its loss falls within a few updates."""
     generator = torch.Generator().manual_seed(seed)
     pattern = torch.randint(0, 4096, (16,), generator=generator)
-    row = pattern.repeat(tokens // 16 + 1)[: tokens + 1][None]
-    ones = torch.ones(1, tokens)
+    row = pattern.repeat(tokens // 16 + 1)[: tokens + 1]
+    ones = torch.ones(tokens)
     return MicroBatch(
-        input_ids=row[:, :-1],
-        labels=row[:, 1:],
-        position_ids=torch.arange(tokens)[None],
+        input_ids=row[:-1],
+        labels=row[1:],
         loss_mask=ones,
         old_logprobs=ones * 0,
         rollout_logprobs=ones * 0,
         advantages=ones,
         loss_weights=ones,
-        is_worker=torch.zeros(1, 1),
+        is_worker=ones * 0,
+        lengths=(tokens,),
         sample_ids=(str(seed),),
     )

@@ -21,7 +21,7 @@ from megatron_matpo.megatron.mapping import local_part
 from megatron_matpo.megatron.parallel import ParallelState, data_group, tensor_group
 from megatron_matpo.megatron.schedule import forward_backward
 from tests.helpers.dist import RankInfo
-from tests.helpers.megatron_ranks import layout, make_actor, share
+from tests.helpers.megatron_ranks import complete, layout, make_actor, share
 from tests.helpers.tiny import weighted_loss
 
 
@@ -62,9 +62,7 @@ def grads(
     model.zero_grad_buffer()
     forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
     for buffer in model.buffers:
-        shards = [shard.clone() for shard in buffer.grad_data.chunk(state.dp_size)]
-        dist.all_gather(shards, shards[state.dp_rank].clone(), group=data_group())
-        buffer.grad_data.copy_(torch.cat(shards))
+        complete(buffer, data_group())
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = [p.detach().clone() for p in trained]
     with torch.no_grad():

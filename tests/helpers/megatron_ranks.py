@@ -96,9 +96,9 @@ def grads(
     forward_backward(actor._models, batches, loss_fn, state, config, vocab_size=hf.vocab_size)
     for model in actor._models:
         for buffer in model.buffers:
-            _complete(buffer, data_group())
+            complete(buffer, data_group())
         for buffer in model.expert_parallel_buffers:
-            _complete(buffer, expert_data_group())
+            complete(buffer, expert_data_group())
     parameters = [p for model in actor._models for p in model.parameters()]
     kept = [p.detach().clone() for p in parameters]
     with torch.no_grad():
@@ -110,7 +110,7 @@ def grads(
     return exported
 
 
-def _complete(buffer: Any, group: dist.ProcessGroup) -> None:
+def complete(buffer: Any, group: dist.ProcessGroup) -> None:
     """Each data-parallel rank has reduced its shard only; tied embeddings are a bucket apart."""
     for bucket in buffer.buckets:
         shards = [shard.clone() for shard in bucket.grad_data.chunk(group.size())]

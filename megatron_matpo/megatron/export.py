@@ -2,7 +2,7 @@
 
 `matpo export` runs this module as a process of its own: `launch` does not import torch. Tensors are
 read from the checkpoint's files one at a time, so neither the run's layout nor its GPUs are needed,
-and the memory of one tensor and one rank's part of it is enough.
+and the memory of one tensor and one rank's part of it is enough. Adapters are merged.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from torch import Tensor
 from megatron_matpo import checkpoint_files as files
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.load import load_resolved
+from megatron_matpo.config.lora import LoraConfig
 from megatron_matpo.errors import CheckpointError, ConfigError, MatpoError
 from megatron_matpo.megatron.checkpoint_reader import CheckpointReader
+from megatron_matpo.megatron.lora import Adapted, adapted_linears, merge
 from megatron_matpo.megatron.mapping import hf_shapes, hf_tensors, placed_rules
 from megatron_matpo.megatron.safetensors_writer import INDEX, write_tensors
 from megatron_matpo.obs.files import flush_to_disk, replace_folder
@@ -35,6 +37,8 @@ _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.+\.experts\.)local_experts\.(\d+)\.(.+)")
 _GROUPED_EXPERT = re.compile(r"(.+\.experts\.)(linear_fc\d\.(?:weight|bias))(\d+)")
 _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+Place = tuple[str, tuple[int, ...]]
+"""Key of a tensor in a checkpoint, and index along its leading axes."""
 # Not the policy's own: state of the optimizer and of the modules, random states.
 _NOT_WEIGHTS = ("optimizer.", "rng")
 
@@ -67,10 +71,12 @@ def export(
     problem = next(files.problems(checkpoint, entries, full=True), "")
     if problem:
         raise CheckpointError(problem)
-    source = source or Path(load_resolved(str(checkpoint / files.CONFIG)).model.path)
+    config = load_resolved(str(checkpoint / files.CONFIG))
+    source = source or Path(config.model.path)
     hf = HfModelConfig.from_folder(source)
     reader = CheckpointReader(checkpoint)
-    places = _places(hf, reader.shapes())
+    adapted = {item.rule.hf[0]: item for item in adapted_linears(hf, config.lora)}
+    places = _places(hf, reader.shapes(), adapted)
     kept = reader.dtype(next(iter(places.values()))[0])
     temporary = out.with_name(out.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,7 +86,7 @@ def export(
             temporary,
             hf_shapes(hf),
             dtype or kept,
-            _tensors(hf, reader, places),
+            _tensors(hf, reader, places, adapted, config.lora),
             max_file_bytes=max_file_bytes,
         )
         _copy_rest(source, temporary, dtype or kept)
@@ -92,25 +98,38 @@ def export(
 
 
 def _tensors(
-    hf: HfModelConfig, reader: CheckpointReader, places: Mapping[str, tuple[str, tuple[int, ...]]]
+    hf: HfModelConfig,
+    reader: CheckpointReader,
+    places: Mapping[str, Place],
+    adapted: Mapping[str, Adapted],
+    lora: LoraConfig,
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors by Hugging Face name, in the order of `hf_shapes`."""
-    for rule in placed_rules(hf, 1):
+    for rule in placed_rules(hf):
         key, index = places[rule.hf[0]]
         # What all ranks hold together lies in a checkpoint as if one rank held it.
-        yield from hf_tensors(rule, [reader.read(key, index)], hf).items()
+        whole = reader.read(key, index)
+        if own := adapted.get(rule.hf[0]):
+            a, b = (reader.read(_adapter_key(key, matrix), index) for matrix in "AB")
+            whole = merge(whole, a, b, own.owner, lora.scale)
+        yield from hf_tensors(rule, [whole], hf).items()
+
+
+def _adapter_key(weight: str, matrix: str) -> str:
+    """Where A or B of the adapter beside a weight lies in a checkpoint."""
+    return f"{weight.removesuffix('weight')}lora.{matrix}"
 
 
 def _places(
-    hf: HfModelConfig, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+    hf: HfModelConfig, shapes: Mapping[str, tuple[int, ...]], adapted: Collection[str]
+) -> dict[str, Place]:
     """Key and index of every rule's parameter, by the rule's first Hugging Face name.
 
     Raises:
         CheckpointError: a parameter is not in the checkpoint, or nothing asks for one that is.
     """
-    places: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for rule in placed_rules(hf, 1):
+    places: dict[str, Place] = {}
+    for rule in placed_rules(hf):
         found = [place for name in rule.megatron for place in _names(name) if place[0] in shapes]
         if not found:
             raise CheckpointError(
@@ -119,8 +138,10 @@ def _places(
             )
         places[rule.hf[0]] = found[0]
     parts: dict[str, set[tuple[int, ...]]] = {}
-    for key, index in places.values():
+    for name, (key, index) in places.items():
         parts.setdefault(key, set()).add(index)
+        for matrix in "AB" if name in adapted else "":
+            parts.setdefault(_adapter_key(key, matrix), set()).add(index)
     for key, shape in shapes.items():
         if key.startswith(_NOT_WEIGHTS):
             continue

@@ -7,6 +7,7 @@ SGLang loads the folder (it reads the same files as transformers).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,13 @@ from safetensors.torch import load_file
 
 from megatron_matpo.__main__ import main
 from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.config.lora import LoraConfig
+from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import CheckpointError
 from megatron_matpo.megatron.export import export
 from megatron_matpo.megatron.mapping import hf_shapes
 from tests.helpers.checkpoint_ranks import train_and_score
+from tests.helpers.hf_models import random_config, write_model
 from tests.helpers.tiny import make_batch, make_tiny_model, reference_logprobs, tiny_config
 
 pytestmark = pytest.mark.dist
@@ -141,3 +145,36 @@ def test_a_damaged_checkpoint_is_not_exported(trained, tmp_path):
     data.write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: damaged"):
         export(copy, tmp_path / "out")
+
+
+def test_adapters_are_merged(ranks, tmp_path):
+    """As the engines get them; TP2 splits B's rows by kv group, PP2 the layers."""
+    model = make_tiny_model(tmp_path / "model", tied=True)
+    lora = LoraConfig(rank=3, targets=["q_proj", "v_proj", "up_proj", "down_proj"])
+    config = replace(tiny_config(model, timeout_s=300.0, tp=2, pp=2), lora=lora)
+    folder = tmp_path / "run" / "checkpoints"
+    stories = ranks.run(train_and_score, 4, config, BATCHES, folder)
+    original = load_file(model / "model.safetensors")
+    export(folder / "step_2", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == stories[0]["weights"].keys()
+    for name, value in stories[0]["weights"].items():
+        # The product of whole matrices rounds otherwise than that of a rank's parts.
+        torch.testing.assert_close(exported[name], value, rtol=0, atol=1e-6)
+        is_target = name.split(".")[-2] in lora.layers
+        assert torch.equal(exported[name], original[name]) != is_target, name
+
+
+def test_experts_and_chunks_come_from_where_they_lie(ranks, tmp_path):
+    """Experts of two ranks, on two stages of two chunks each; some layers without experts."""
+    config = random_config("qwen3_moe", 1)
+    model = write_model(config, tmp_path / "model")
+    layout = ParallelConfig(pipeline=2, virtual=2, data=2, expert=2)
+    run = replace(tiny_config(model, timeout_s=300.0), parallel=layout)
+    folder = tmp_path / "run" / "checkpoints"
+    stories = ranks.run(train_and_score, 4, run, BATCHES, folder)
+    export(folder / "step_2", tmp_path / "out")
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    assert exported.keys() == stories[0]["weights"].keys()
+    for name, value in stories[0]["weights"].items():
+        assert torch.equal(exported[name], value), name

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import ConfigError
-from megatron_matpo.megatron.actor import MegatronActor
+from megatron_matpo.megatron.actor import MegatronActor, UpdateResult
 from megatron_matpo.megatron.batch import MicroBatch, empty_micro_batch
 from megatron_matpo.megatron.logprobs import vocab_parallel_logprobs
 from megatron_matpo.megatron.nonfinite import UpdateRefused
@@ -129,6 +129,16 @@ def short_story(info: RankInfo, config: Config, batches: Sequence[MicroBatch]) -
         story["updates"] = [actor.update(mine, weighted_loss, i) for i in range(2)]
         story["final"] = dict(actor.export())
         return story
+
+
+def scores_and_update(
+    info: RankInfo, config: Config, batches: Sequence[MicroBatch]
+) -> tuple[Any, UpdateResult]:
+    """Log-probs and entropies of the initial model, then one update."""
+    with layout(info, config) as state:
+        actor = make_actor(config, state)
+        mine = share(batches, state)
+        return actor.score(mine), actor.update(mine, weighted_loss, 0)
 
 
 def loss_and_grads(

@@ -13,6 +13,9 @@ parallelism), 4 (sequence parallelism), 5 (pipeline), and table 2 (recomputation
 * what the backward pass itself needs at a time (`backward_bytes`) is counted, too.
 
 FP8 keeps the inputs of its matrix products in one byte instead of two.
+
+Experts are counted as if every one got the same number of tokens; where the router prefers some,
+their ranks need more, up to E / a times the experts' part in the extreme.
 """
 
 from __future__ import annotations
@@ -59,37 +62,55 @@ def feed_forward_bytes_per_token(job: Job) -> float:
     return f * (2 * job.element_bytes + _input_bytes(job) + unfused) / t
 
 
-def layer_bytes_per_token(job: Job) -> float:
+def expert_bytes_per_token(job: Job) -> float:
+    """Of the tokens that come to a rank's experts, as many as it sends: a for each of its own.
+
+    The token as it is sent and sorted, both halves of the first product and what goes into the
+    second, that with the router's weight, and the second's output, which is summed over experts;
+    the router's logits and probabilities in fp32, for all experts.
+    """
+    moe, h = job.hf.moe, job.hf.hidden_size
+    assert moe is not None, "a layer with experts"
+    m, e = moe.ffn_size, job.element_bytes
+    sent = h * _input_bytes(job) + 2 * m * e + m * (e + _input_bytes(job)) + h * e
+    router = 2 * 4 * moe.num_experts
+    return (moe.experts_per_token * sent + router) / job.layout.sequence_split
+
+
+def layer_bytes_per_token(job: Job, *, is_moe: bool = False) -> float:
     """One layer without recomputation."""
     return (
         2 * norm_bytes_per_token(job)
         + attention_bytes_per_token(job)
-        + feed_forward_bytes_per_token(job)
+        + (expert_bytes_per_token(job) if is_moe else feed_forward_bytes_per_token(job))
     )
 
 
-def kept_bytes_per_token(job: Job) -> float:
+def kept_bytes_per_token(job: Job, *, is_moe: bool = False) -> float:
     """One layer as `train.recompute` keeps it."""
     layer_input = job.hf.hidden_size * job.element_bytes / job.layout.sequence_split
     if job.layout.recompute == "full":
         return layer_input
     if job.layout.recompute == "selective":
         return norm_bytes_per_token(job) + attention_bytes_per_token(job) + layer_input
-    return layer_bytes_per_token(job)
+    return layer_bytes_per_token(job, is_moe=is_moe)
 
 
-def recomputed_bytes_per_token(job: Job) -> float:
+def recomputed_bytes_per_token(job: Job, *, is_moe: bool = False) -> float:
     """What one layer's backward pass makes again, at a time."""
-    return layer_bytes_per_token(job) - kept_bytes_per_token(job)
+    return layer_bytes_per_token(job, is_moe=is_moe) - kept_bytes_per_token(job, is_moe=is_moe)
 
 
-def backward_bytes_per_token(job: Job) -> float:
+def backward_bytes_per_token(job: Job, *, is_moe: bool = False) -> float:
     """Gradients of one layer's feed-forward part, where they are largest.
 
     Of both products' outputs and of the residual; with sequence parallelism also the gathered input
     and the gathered gradient.
     """
     hf, layout = job.hf, job.layout
+    if is_moe and hf.moe is not None:
+        of_experts = hf.moe.experts_per_token * (3 * hf.moe.ffn_size + hf.hidden_size)
+        return (of_experts + 2 * hf.hidden_size) / layout.sequence_split * job.element_bytes
     gathered = 2 * hf.hidden_size if layout.sequence else 0
     local = 3 * hf.ffn_size / layout.tensor + 2 * hf.hidden_size / layout.sequence_split
     return (local + gathered) * job.element_bytes
@@ -103,10 +124,17 @@ def stage_activation_bytes(job: Job, stage: int, num_micro_batches: int) -> int:
     """
     hf, layout = job.hf, job.layout
     chunks = in_flight_chunks(layout, stage, num_micro_batches)
-    layers = hf.num_layers // (layout.pipeline * layout.virtual)
     sent = hf.hidden_size * job.element_bytes / layout.sequence_split
-    per_chunk = layers * kept_bytes_per_token(job) + (sent if layout.pipeline > 1 else 0)
-    working = recomputed_bytes_per_token(job) + backward_bytes_per_token(job)
+    layers = [
+        sum(kept_bytes_per_token(job, is_moe=hf.is_moe_layer(layer)) for layer in of_chunk)
+        for of_chunk in (job.layers_of(stage, chunk) for chunk in range(layout.virtual))
+    ]
+    per_chunk = sum(layers) / len(layers) + (sent if layout.pipeline > 1 else 0)
+    working = max(
+        recomputed_bytes_per_token(job, is_moe=is_moe)
+        + backward_bytes_per_token(job, is_moe=is_moe)
+        for is_moe in {hf.is_moe_layer(layer) for layer in range(hf.num_layers)}
+    )
     return round(job.tokens * (chunks * per_chunk + working))
 
 

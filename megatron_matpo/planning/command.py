@@ -73,11 +73,6 @@ def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -
     if not config.model.path:
         raise ConfigError("model.path=: expected a folder with the model's config.json")
     hf = HfModelConfig.from_folder(config.model.path)
-    if hf.moe is not None:
-        raise ConfigError(
-            f"model.path={config.model.path!r}: `matpo plan` reckons with dense models only; "
-            f"{hf.architecture} has experts"
-        )
     if problems := check_layout(hf, config.parallel):
         raise ConfigError("\n".join(problems))
     job = _rounded(job_of(config, hf), config)

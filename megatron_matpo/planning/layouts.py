@@ -5,8 +5,8 @@ the smallest tensor-, context- and pipeline-parallel sizes, then the least recom
 parallelism stays inside a node.
 
 The estimate ranks layouts; it is no forecast. Counted: products at a share of the GPU's peak,
-recomputation, collectives of tensor, context and data parallelism at their links' bandwidth without
-overlap, the pipeline's bubble, an offloaded optimizer's way over PCIe.
+recomputation, collectives of tensor, context, expert and data parallelism at their links' bandwidth
+without overlap, the pipeline's bubble, an offloaded optimizer's way over PCIe.
 Source of the operation count: 6 per parameter and token (arXiv:2001.08361, section 2.1), and
 12 L q T for attention, halved for causality (arXiv:2104.04473, appendix).
 """
@@ -22,7 +22,7 @@ from megatron_matpo.config.gpus import Gpu
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.planning.batches import Workload, micro_batches_per_rank
 from megatron_matpo.planning.ledger import Ledger, worst_stage
-from megatron_matpo.planning.parameters import num_parameters, total_parameters
+from megatron_matpo.planning.parameters import active_parameters, num_parameters
 from megatron_matpo.planning.pipeline import bubble_frac
 from megatron_matpo.planning.shape import Job, Layout
 
@@ -65,10 +65,10 @@ def propose(
 
     Of one split only the best way to trade time for memory is named.
     """
-    best: dict[tuple[int, int, int], Proposal] = {}
+    best: dict[tuple[int, int, int, int], Proposal] = {}
     for layout in candidates(job.hf, site):
         proposal = appraise(replace(job, layout=layout), site, workload, budget, updates)
-        split = (layout.tensor, layout.pipeline, layout.context)
+        split = (layout.tensor, layout.pipeline, layout.context, layout.expert)
         if proposal.ledger.total <= site.gpu.memory_gib * 2**30 and (
             split not in best or _preference(proposal) < _preference(best[split])
         ):
@@ -84,6 +84,7 @@ def _preference(proposal: Proposal) -> tuple[float, ...]:
         layout.tensor,
         layout.context,
         layout.pipeline,
+        layout.expert,
         ("none", "selective", "full").index(layout.recompute),
     )
 
@@ -102,22 +103,32 @@ def candidates(hf: HfModelConfig, site: Site) -> Iterator[Layout]:
         t
         for t in (1, 2, 4, 8)
         if t <= site.gpus_per_node
-        and not any(n % t for n in (hf.num_heads, hf.num_kv_heads, hf.ffn_size))
+        and not any(n % t for n in (hf.num_heads, hf.num_kv_heads, *_dense_sizes(hf)))
     ]
     pipelines = [p for p in range(1, _MAX_PIPELINE + 1) if hf.num_layers % p == 0]
     contexts = [c for c in (1, 2, 4, 8) if c <= _MAX_CONTEXT]
+    experts = [e for e in (1, 2, 4, 8, 16, 32, 64) if hf.moe and hf.moe.num_experts % e == 0] or [1]
     modes = ("none", "selective", "full")
-    for t, p, c, recompute, offload in product(tensors, pipelines, contexts, modes, (False, True)):
-        if site.num_gpus % (t * p * c) == 0:
+    for t, p, c, e, recompute, offload in product(
+        tensors, pipelines, contexts, experts, modes, (False, True)
+    ):
+        if site.num_gpus % (t * p * c) == 0 and (site.num_gpus // p) % e == 0:
             yield Layout(
                 tensor=t,
                 pipeline=p,
                 context=c,
                 data=site.num_gpus // (t * p * c),
+                expert=e,
                 sequence=t > 1,
                 recompute=recompute,
                 offload=offload,
             )
+
+
+def _dense_sizes(hf: HfModelConfig) -> list[int]:
+    """Feed-forward channels that tensor parallelism splits; experts stay whole."""
+    has_dense = not all(hf.is_moe_layer(layer) for layer in range(hf.num_layers))
+    return [hf.ffn_size] if has_dense else []
 
 
 def update_seconds(
@@ -131,7 +142,8 @@ def update_seconds(
     compute = _compute_seconds(job, site, tokens, workload.length_seen)
     tensor = _tensor_seconds(job, site, tokens / layout.context)
     context = _context_seconds(job, site, tokens / layout.context)
-    busy = (compute + tensor + context) / layout.pipeline
+    experts = _expert_seconds(job, site, tokens / layout.context)
+    busy = (compute + tensor + context + experts) / layout.pipeline
     return busy / (1 - bubble_frac(layout, num_micro_batches)) + _optimizer_seconds(job)
 
 
@@ -139,7 +151,7 @@ def _compute_seconds(job: Job, site: Site, tokens: float, length: float) -> floa
     """All stages of one replica, one after another; tokens over all context-parallel ranks."""
     hf, layout = job.hf, job.layout
     peak = site.gpu.fp8_tflops if job.fp8_recipe else site.gpu.bf16_tflops
-    matmul = 6.0 * total_parameters(job) * tokens
+    matmul = 6.0 * active_parameters(job) * tokens
     attention = 6.0 * hf.num_layers * hf.num_heads * hf.head_dim * length * tokens
     again = {"none": 0.0, "selective": _feed_forward_share(hf), "full": 1.0}[layout.recompute]
     shards = layout.tensor * layout.context * _EFFICIENCY * 1e12
@@ -150,7 +162,8 @@ def _compute_seconds(job: Job, site: Site, tokens: float, length: float) -> floa
 
 
 def _feed_forward_share(hf: HfModelConfig) -> float:
-    feed_forward = 3 * hf.ffn_size
+    channels = hf.moe.experts_per_token * hf.moe.ffn_size if hf.moe else hf.ffn_size
+    feed_forward = 3 * channels
     attention = 2 * (hf.num_heads + hf.num_kv_heads) * hf.head_dim
     return feed_forward / (feed_forward + attention)
 
@@ -171,6 +184,20 @@ def _context_seconds(job: Job, site: Site, tokens: float) -> float:
     speed = site.gpu.nvlink_gb_s / 2 * 1e9 if inside else _NETWORK_BYTES_S
     moved = 3 * 2 * hf.num_layers * tokens * (layout.context - 1) * k * job.element_bytes
     return moved / speed
+
+
+def _expert_seconds(job: Job, site: Site, tokens: float) -> float:
+    """Per layer with experts, tokens go to their experts and back, forward and backward."""
+    layout, hf = job.layout, job.hf
+    if hf.moe is None:
+        return 0.0
+    passes = {"none": 4, "selective": 6, "full": 6}[layout.recompute]
+    sent = tokens / layout.sequence_split * hf.moe.experts_per_token * hf.hidden_size
+    moved = passes * sum(hf.moe.layers) * sent * job.element_bytes
+    # The ranks of an expert-parallel group follow one another.
+    inside = layout.expert <= site.gpus_per_node
+    speed = site.gpu.nvlink_gb_s / 2 * 1e9 if inside else _NETWORK_BYTES_S
+    return moved * (layout.expert - 1) / layout.expert / speed
 
 
 def _optimizer_seconds(job: Job) -> float:

@@ -25,10 +25,12 @@ class Parameter:
     """A matrix of a layer: what FP8 applies to."""
     is_shared: bool = False
     """Tied embedding that lies on two stages, which has a bucket of its own."""
+    is_expert: bool = False
+    """Lies in a buffer of its own, which other ranks share than that of the rest."""
 
 
-def layer_parameters(job: Job) -> list[Parameter]:
-    """One decoder layer on one tensor-parallel rank, in Megatron's order."""
+def layer_parameters(job: Job, layer: int) -> list[Parameter]:
+    """One decoder layer on one rank, in Megatron's order."""
     hf, t = job.hf, job.layout.tensor
     h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
     bias = [Parameter((q + 2 * k) // t)] if hf.qkv_bias else []
@@ -40,9 +42,20 @@ def layer_parameters(job: Job) -> list[Parameter]:
         *bias,
         *norms,
         Parameter(h),
-        Parameter(2 * h * hf.ffn_size // t, True),
-        Parameter(h * hf.ffn_size // t, True),
+        *_feed_forward(job, layer),
     ]
+
+
+def _feed_forward(job: Job, layer: int) -> list[Parameter]:
+    """Gate and up as one matrix, then down; of experts the rank's own, whole, after the router."""
+    hf, layout = job.hf, job.layout
+    h, moe = hf.hidden_size, hf.moe
+    if moe is None or not hf.is_moe_layer(layer):
+        size = h * hf.ffn_size // layout.tensor
+        return [Parameter(2 * size, True), Parameter(size, True)]
+    size = h * moe.ffn_size
+    expert = [Parameter(2 * size, True, is_expert=True), Parameter(size, True, is_expert=True)]
+    return [Parameter(h * moe.num_experts), *expert * (moe.num_experts // layout.expert)]
 
 
 def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
@@ -56,8 +69,8 @@ def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
     is_last = stage == layout.pipeline - 1 and chunk == layout.virtual - 1
     is_shared = hf.tie_word_embeddings and layout.pipeline > 1
     result: list[Parameter] = [Parameter(embedding, is_shared=is_shared)] if is_first else []
-    for _ in range(hf.num_layers // (layout.pipeline * layout.virtual)):
-        result += layer_parameters(job)
+    for layer in job.layers_of(stage, chunk):
+        result += layer_parameters(job, layer)
     if is_last:
         result.append(Parameter(hf.hidden_size))
         if not hf.tie_word_embeddings or is_shared:
@@ -95,9 +108,17 @@ def num_parameters(job: Job, stage: int) -> int:
     return sum(p.numel for chunk in stage_parameters(job, stage) for p in chunk)
 
 
-def _padded(job: Job, stage: int) -> int:
-    ranks = job.layout.optimizer_ranks
-    return sum(buffer_numel(chunk, ranks) for chunk in stage_parameters(job, stage))
+def _padded(job: Job, stage: int, *, is_expert: bool) -> int:
+    """Elements of the stage's buffers of one kind."""
+    ranks = job.layout.expert_replicas if is_expert else job.layout.optimizer_ranks
+    chunks = [
+        [p for p in chunk if p.is_expert is is_expert] for chunk in stage_parameters(job, stage)
+    ]
+    return sum(buffer_numel(chunk, ranks) for chunk in chunks)
+
+
+def _all_padded(job: Job, stage: int) -> int:
+    return _padded(job, stage, is_expert=False) + _padded(job, stage, is_expert=True)
 
 
 def weight_bytes(job: Job, stage: int) -> int:
@@ -106,7 +127,7 @@ def weight_bytes(job: Job, stage: int) -> int:
     Transformer Engine keeps a matrix twice in FP8, as it is and transposed, between the
     micro-batches of an update. With `fp8.params` these two are all there is of it.
     """
-    total = _padded(job, stage) * job.element_bytes
+    total = _all_padded(job, stage) * job.element_bytes
     if not job.fp8_recipe:
         return total
     matmul = _fp8_numel(job, stage)
@@ -122,7 +143,7 @@ def _fp8_numel(job: Job, stage: int) -> int:
 
 def gradient_bytes(job: Job, stage: int) -> int:
     """The flat fp32 buffers that micro-batches add into."""
-    return _padded(job, stage) * 4
+    return _all_padded(job, stage) * 4
 
 
 def optimizer_bytes(job: Job, stage: int) -> int:
@@ -144,17 +165,34 @@ def host_bytes(job: Job, stage: int) -> int:
 
 
 def _share(job: Job, stage: int) -> int:
-    return -(-_padded(job, stage) // job.layout.optimizer_ranks)
+    dense = -(-_padded(job, stage, is_expert=False) // job.layout.optimizer_ranks)
+    return dense + -(-_padded(job, stage, is_expert=True) // job.layout.expert_replicas)
 
 
 def total_parameters(job: Job) -> int:
     """Of the whole model, the padded rows of the vocabulary left out."""
+    return _parameters(job, job.hf.moe.num_experts if job.hf.moe else 0)
+
+
+def active_parameters(job: Job) -> int:
+    """Of them, those that one token meets."""
+    return _parameters(job, job.hf.moe.experts_per_token if job.hf.moe else 0)
+
+
+def _parameters(job: Job, num_experts: int) -> int:
+    """With so many experts per layer that has any; the router is whole in any case."""
     hf = job.hf
     h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
-    layer = h * (2 * q + 2 * k) + 3 * h * hf.ffn_size + 2 * h
+    layer = h * (2 * q + 2 * k) + 2 * h
     layer += (q + 2 * k if hf.qkv_bias else 0) + (2 * hf.head_dim if hf.qk_norm else 0)
+    feed_forward = 0
+    for index in range(hf.num_layers):
+        if hf.moe is not None and hf.is_moe_layer(index):
+            feed_forward += h * hf.moe.num_experts + num_experts * 3 * h * hf.moe.ffn_size
+        else:
+            feed_forward += 3 * h * hf.ffn_size
     embeddings = hf.vocab_size * h * (1 if hf.tie_word_embeddings else 2)
-    return hf.num_layers * layer + embeddings + h
+    return hf.num_layers * layer + feed_forward + embeddings + h
 
 
 def _pad(value: int, multiple: int) -> int:

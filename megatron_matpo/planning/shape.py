@@ -2,7 +2,7 @@
 
 Letters in the formulas of this package: h hidden size, f feed-forward size, q = heads x head size,
 k = key/value heads x head size, V padded vocabulary, L layers, t tensor-parallel size, T tokens of
-a micro-batch on one rank.
+a micro-batch on one rank; E experts, each of feed-forward size m, a of which see a token.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ class Layout:
     context: int
     data: int
     virtual: int = 1
+    expert: int = 1
     sequence: bool = False
     recompute: str = "none"
     offload: bool = False
@@ -36,6 +37,11 @@ class Layout:
     def optimizer_ranks(self) -> int:
         """Ranks that share the optimizer of one stage: data and context parallel together."""
         return self.data * self.context
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks of a stage that hold the same experts, and share their optimizer."""
+        return self.tensor * self.context * self.data // self.expert
 
     @property
     def sequence_split(self) -> int:
@@ -73,6 +79,12 @@ class Job:
         """T: of the largest micro-batch on one rank."""
         return -(-self.micro_batch_tokens // self.layout.context)
 
+    def layers_of(self, stage: int, chunk: int) -> range:
+        """Indices of a chunk's layers; stages take turns chunk by chunk (Megatron's schedule)."""
+        count = self.hf.num_layers // (self.layout.pipeline * self.layout.virtual)
+        first = (chunk * self.layout.pipeline + stage) * count
+        return range(first, first + count)
+
     @property
     def padded_vocab(self) -> int:
         """V."""
@@ -89,6 +101,7 @@ def layout_of(config: Config) -> Layout:
         context=parallel.context,
         data=parallel.data,
         virtual=parallel.virtual,
+        expert=parallel.expert,
         sequence=parallel.sequence and parallel.tensor > 1,
         recompute=config.train.recompute,
         offload=config.optim.offload,

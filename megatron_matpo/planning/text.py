@@ -112,6 +112,7 @@ def overrides_of(layout: Layout) -> str:
         f"parallel.pipeline={layout.pipeline}",
         f"parallel.context={layout.context}",
         f"parallel.data={layout.data}",
+        *([f"parallel.expert={layout.expert}"] if layout.expert > 1 else []),
         f"parallel.sequence={str(layout.sequence).lower()}",
         f"train.recompute={layout.recompute}",
         f"optim.offload={str(layout.offload).lower()}",
@@ -126,6 +127,8 @@ def _describe(layout: Layout) -> str:
         f"CP {layout.context}",
         f"DP {layout.data}",
     ]
+    if layout.expert > 1:
+        words.append(f"EP {layout.expert}")
     if layout.virtual > 1:
         words.append(f"virtual {layout.virtual}")
     if layout.sequence:

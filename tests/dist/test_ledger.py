@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.planning.parameters import (
     gradient_bytes,
     num_parameters,
@@ -22,6 +23,7 @@ from megatron_matpo.planning.parameters import (
 )
 from megatron_matpo.planning.shape import job_of
 from tests.helpers.dist import RankPool
+from tests.helpers.hf_models import random_config, write_model
 from tests.helpers.ledger_ranks import allocated
 from tests.helpers.tiny import make_tiny_model, tiny_config
 
@@ -52,3 +54,29 @@ def test_every_rank(
         of_stage = [rank["optimizer"] for rank in measured if rank["stage"] == stage]
         assert sum(of_stage) == tp * num_parameters(job, stage) * per_parameter
         assert max(of_stage) >= 0.95 * optimizer_bytes(job, stage)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ParallelConfig(data=2, expert=2),
+        ParallelConfig(tensor=2, pipeline=2, expert=2, virtual=2, sequence=True),
+        ParallelConfig(data=4, expert=2),
+    ],
+    ids=["ep2", "tp2-pp2-ep2-chunks", "dp4-ep2"],
+)
+def test_every_rank_with_experts(ranks: RankPool, tmp_path: Path, layout: ParallelConfig) -> None:
+    """Experts have buffers of their own, shared by other ranks; some layers have none."""
+    folder = write_model(random_config("qwen3_moe", 1), tmp_path / "model")
+    hf = HfModelConfig.from_folder(folder)
+    assert hf.moe is not None
+    config = replace(tiny_config(folder, timeout_s=200.0), parallel=layout)
+    job = job_of(config, hf)
+    measured = ranks.run(allocated, layout.world_size, config)
+    for rank in measured:
+        stage = rank["stage"]
+        assert rank["numel"] == num_parameters(job, stage)
+        assert rank["weights"] == weight_bytes(job, stage)
+        assert rank["gradients"] == gradient_bytes(job, stage)
+        assert rank["optimizer"] <= optimizer_bytes(job, stage)
+        assert rank["optimizer"] >= 0.9 * optimizer_bytes(job, stage)

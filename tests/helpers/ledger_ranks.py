@@ -17,7 +17,11 @@ def allocated(info: RankInfo, config: Config) -> dict[str, int]:
     """Bytes of parameters, flat buffers and optimizer tensors of this rank."""
     with layout(info, config) as state:
         actor = MegatronActor(config, HfModelConfig.from_folder(config.model.path), state)
-        buffers = [buffer for model in actor._models for buffer in model.buffers]
+        buffers = [
+            buffer
+            for model in actor._models
+            for buffer in (*model.buffers, *model.expert_parallel_buffers)
+        ]
         parameters = [p for model in actor._models for p in model.parameters()]
         flat = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
         return {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -202,5 +201,6 @@ def test_the_run_stops_with_the_reason_when_the_server_cannot_start(tmp_path: Pa
         with pytest.raises(ToolError, match="--memory-mb"):
             await McpToolBox(config, tmp_path).start()
 
+    before = set(psutil.Process().children())
     asyncio.run(run())
-    assert not [item for item in psutil.Process(os.getpid()).children() if item.is_running()]
+    assert not [item for item in psutil.Process().children() if item not in before]

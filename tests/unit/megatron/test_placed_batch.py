@@ -69,5 +69,5 @@ def test_every_token_is_on_one_rank_and_padding_is_not_trained(shape, tp, cp):
 
 def test_an_empty_micro_batch_fits_every_layout():
     placed = place(empty_micro_batch(), state(tp=4, cp_rank=1, cp=2))
-    assert placed.segments == (4, 12) and placed.source.tolist() == [-1] * 8
+    assert placed.segments == (4, 4) and placed.source.tolist() == [-1] * 4
     assert place(empty_micro_batch(), state()).segments == (1,)

@@ -1,5 +1,5 @@
 # Everything runs from .venv; `make setup` creates it and .venv-rollout (SGLang).
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test sweep lint clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -10,6 +10,10 @@ quickstart: setup
 
 test: lint
 	.venv/bin/python -m pytest -m "not gpu and not sweep"
+
+# Every layout of up to 8 ranks against the float64 oracle; `make test` takes a part of them.
+sweep: setup
+	.venv/bin/python -m pytest -m sweep
 
 lint: setup
 	.venv/bin/ruff check .

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_matpo.config.hf_model import HfModelConfig
@@ -41,9 +40,9 @@ from megatron_matpo.megatron.parallel import (
     pipeline_group,
     tensor_group,
 )
+from megatron_matpo.megatron.safetensors_writer import INDEX, write_tensors
 from megatron_matpo.obs.files import replace_folder
 
-_INDEX = "model.safetensors.index.json"
 _SHARD_BYTES = 4 << 30
 # What transformers initialises these families with (`initializer_range`).
 _INIT_STD = 0.02
@@ -53,7 +52,7 @@ class _Folder:
     """Reads parts of tensors from the safetensors files of a folder."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / _INDEX
+        index = folder / INDEX
         if index.is_file():
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             self._file_of = {name: folder / file for name, file in weight_map.items()}
@@ -294,39 +293,11 @@ def save_hf(
     temporary = target.with_name(target.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    _write_tensors(tensors, temporary)
+    dtype = unwrap(models[0]).config.params_dtype
+    write_tensors(temporary, hf_shapes(hf), dtype, tensors, max_file_bytes=_SHARD_BYTES)
     for file in sorted(Path(source_folder).iterdir()):
         is_weights = ".safetensors" in file.suffixes or file.suffix in (".bin", ".pt", ".pth")
         if file.is_file() and not is_weights:
             shutil.copyfile(file, temporary / file.name)
     replace_folder(temporary, target)
     dist.barrier()
-
-
-def _write_tensors(tensors: Iterator[tuple[str, Tensor]], folder: Path) -> None:
-    """One file, or numbered files of at most about `_SHARD_BYTES` and an index."""
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-
-    def flush() -> None:
-        save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in tensors:
-        sizes[name] = tensor.nbytes
-        if pending and sum(sizes[n] for n in pending) + tensor.nbytes > _SHARD_BYTES:
-            flush()
-        pending[name] = tensor.cpu()
-    flush()
-    if len(shards) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -23,7 +23,10 @@ ENV PATH=/opt/trainer/bin:${PATH}
 WORKDIR /src
 COPY pyproject.toml LICENSE ./
 COPY megatron_matpo/__init__.py megatron_matpo/__init__.py
-RUN pip install ".[trainer,launch]" && pip uninstall -y megatron_matpo
+COPY requirements/launch.txt requirements/launch-nodeps.txt requirements/
+RUN pip install ".[trainer]" -r requirements/launch.txt \
+    && pip install --no-deps -r requirements/launch-nodeps.txt \
+    && pip uninstall -y megatron_matpo
 RUN pip install ninja packaging pybind11 setuptools wheel \
     && MAX_JOBS="${BUILD_JOBS}" NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST="${CUDA_ARCHITECTURES}" \
         pip install --no-build-isolation \

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 from megatron_matpo.trainer.credit import step_advantages, step_samples
 from megatron_matpo.trainer.run import Run
+from megatron_matpo.trainer.stopping import StopRequested
 
 
 def train(run: Run) -> None:
     """Train from the run's last checkpoint (or the start) to `run.steps`. All ranks call.
+
+    A request to end early is met before a step trains: what came before is saved.
 
     Raises:
         RolloutError, DeadlineError: the step's episodes did not come.
@@ -34,7 +37,10 @@ def train(run: Run) -> None:
         step = progress.step + 1
         with run.clock.step(step):
             with run.clock.phase("rollout"):
-                batch = run.rollouts.collect(step, served, position=progress.data_position)
+                try:
+                    batch = run.rollouts.collect(step, served, position=progress.data_position)
+                except StopRequested:
+                    return run.stop_early(progress)
             advantages = step_advantages(config, batch.groups)
             samples = step_samples(config, batch, advantages)
             with run.clock.phase("score"):

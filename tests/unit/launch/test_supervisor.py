@@ -148,9 +148,11 @@ def test_a_program_that_does_not_exist_is_a_clear_error(tmp_path):
         "from megatron_matpo.launch.console import Console, ProgressView; "
         "from megatron_matpo.launch.supervisor import Limits, Supervisor; "
         "from megatron_matpo.launch.roles import RoleSpec; "
+        "from tests.helpers.plans import lone_meeting; "
         "c = Console(sys.stdout); d = Path(sys.argv[1]); "
         "r = RoleSpec('engine-0', ('/no/such/program',), {}, lambda: False); "
-        "sys.exit(Supervisor(d, [r], Limits(5, 1), c, ProgressView(d, 1, c)).run())"
+        "v = ProgressView(d, 1, c); "
+        "sys.exit(Supervisor(d, [r], Limits(5, 1), c, v, lone_meeting(d)).run())"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=20

@@ -6,7 +6,7 @@ Everything passes through `RUN/nodes/LAUNCH_ID/`, on the file system that the no
 |----------------|-------------------|--------------------------------------------------------|
 | `offer-N.json` | node N            | its address and free ports                             |
 | `start.json`   | leader, mode 0600 | that the plan is written, and the run's secrets        |
-| `beat-N`       | node N, every 5 s | a number that grows                                    |
+| `beat-N`       | node N            | a number that grows, 12 times in `node_timeout_s`      |
 | `death-R.json` | node of role R    | a role that ended although it should not have          |
 | `gone-N.json`  | node N            | exit code and reason, when it leaves before the end    |
 | `over.json`    | leader            | the run's exit code; the other nodes stop              |
@@ -34,7 +34,7 @@ from megatron_matpo.obs.files import write_atomic
 
 FOLDER = "nodes"
 _POLL_S = 0.2
-_BEAT_EVERY_S = 5.0
+_BEATS_PER_TIMEOUT = 12
 _START = "start.json"
 _OVER = "over.json"
 
@@ -170,7 +170,10 @@ class Meeting:
         if self._is_alone or time.monotonic() < self._next_beat:
             return None
         now = time.monotonic()
-        self._beat, self._next_beat = self._beat + 1, now + _BEAT_EVERY_S
+        self._beat, self._next_beat = (
+            self._beat + 1,
+            now + self._node_timeout_s / _BEATS_PER_TIMEOUT,
+        )
         self._folder.joinpath(f"beat-{self.node.index}").write_text(str(self._beat))
         for index in self._others():
             with contextlib.suppress(OSError):
@@ -201,14 +204,16 @@ class Meeting:
 
     def _wait(self, ask: Callable[[], T | None], timeout_s: float, what: Callable[[], str]) -> T:
         end = time.monotonic() + timeout_s
-        while (found := ask()) is None:
-            if gone := self.gone():
+        while True:
+            found, gone = ask(), self.gone()
+            if gone and gone.exit_code != 0:
                 error = ConfigError if gone.exit_code == ConfigError.exit_code else MatpoError
                 raise error(f"{self.name_of(gone.node)}: {gone.reason}")
+            if found is not None:
+                return found
             if time.monotonic() > end:
                 raise DeadlineError(f"{what()} inside run.start_timeout_s={timeout_s:g}")
             time.sleep(_POLL_S)
-        return found
 
     def _write(self, name: str, content: object, mode: int = 0o666) -> None:
         if not self._is_alone:

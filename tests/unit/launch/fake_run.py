@@ -50,7 +50,7 @@ def main() -> int:
 
     def supervise() -> int:
         print(f"supervisor pid {os.getpid()}", flush=True)
-        meeting = Meeting(run_dir, node, node_timeout_s=20.0)
+        meeting = Meeting(run_dir, node, node_timeout_s=6.0)
         view = ProgressView(run_dir, 3, console)
         return Supervisor(run_dir, roles, limits, console, view, meeting).run()
 

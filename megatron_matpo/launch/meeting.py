@@ -8,8 +8,8 @@ Everything passes through `RUN/nodes/LAUNCH_ID/`, on the file system that the no
 | `start.json`   | leader, mode 0600 | that the plan is written, and the run's secrets        |
 | `beat-N`       | node N            | a number that grows, 12 times in `node_timeout_s`      |
 | `death-R.json` | node of role R    | a role that ended although it should not have          |
-| `gone-N.json`  | node N            | exit code and reason, when it leaves before the end    |
-| `over.json`    | leader            | the run's exit code; the other nodes stop              |
+| `gone-N.json`  | node N            | its exit code and reason, when it leaves               |
+| `over.json`    | leader            | the same of the leader: the other nodes stop           |
 
 A lone node has nobody to meet: the same calls then touch no file.
 """
@@ -146,12 +146,11 @@ class Meeting:
         """
         if self._is_alone:
             return
-        name = f"gone-{self.node.index}.json"
+        word = asdict(Gone(self.node.index, self.node.name, exit_code, reason))
         with contextlib.suppress(OSError):  # a full disk is no reason to hang; beats stop anyway
-            self._write(name, asdict(Gone(self.node.index, self.node.name, exit_code, reason)))
             if self.node.is_leader:
                 (self._folder / _START).unlink(missing_ok=True)
-                self._write(_OVER, {"exit_code": exit_code})
+            self._write(_OVER if self.node.is_leader else f"gone-{self.node.index}.json", word)
 
     def over(self) -> int | None:
         """The exit code that the leader gave the run, or None while it goes on."""
@@ -159,9 +158,10 @@ class Meeting:
         return None if found is None else int(found["exit_code"])
 
     def gone(self) -> Gone | None:
-        """The first other node, by number, that has left."""
+        """The first other node, by number, that has left; to the others only the leader counts."""
         for index in self._others():
-            if found := self._read(f"gone-{index}.json"):
+            name = _OVER if index == LEADER else f"gone-{index}.json"
+            if found := self._read(name):
                 return Gone(**found)
         return None
 

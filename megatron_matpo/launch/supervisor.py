@@ -182,12 +182,13 @@ class Supervisor:
         return self._look_at_nodes()
 
     def _look_at_nodes(self) -> int | None:
-        code = self._meeting.over()
-        if code is not None and not self._meeting.node.is_leader:
-            return code
-        if self._meeting.node.is_leader and self._save_until is None and self._meeting.deaths():
+        if not self._meeting.node.is_leader:
+            code = self._meeting.over()
+            if code is not None:
+                return code
+        elif self._save_until is None and self._meeting.deaths():
             return self._role_ended([])
-        if gone := self._meeting.gone():
+        elif gone := self._meeting.gone():
             name = self._meeting.name_of(gone.node)
             return self._fail(Origin(name, "", gone.reason, "", max(1, gone.exit_code)))
         if silence := self._meeting.silent():

@@ -162,6 +162,7 @@ class Meeting:
         for index in self._others():
             name = _OVER if index == LEADER else f"gone-{index}.json"
             if found := self._read(name):
+                self._names[index] = found["name"]
                 return Gone(**found)
         return None
 

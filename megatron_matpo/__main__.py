@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     _add_plan(commands)
+    _add_launch(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -132,6 +133,28 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
+def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("launch", help="submit a recipe to a cluster (docs/cluster.md)")
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument(
+        "--cluster", required=True, metavar="FILE", help="as slurm/cluster.example.yaml"
+    )
+    command.add_argument(
+        "--command",
+        dest="job_command",
+        default="train",
+        choices=("train", "sft"),
+        help="what to run there (default: train)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print all that would be submitted, start nothing"
+    )
+    command.add_argument(
+        "--write", default="", metavar="FILE", help="write a script for sbatch, start nothing"
+    )
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -178,6 +201,8 @@ def _dispatch(options: argparse.Namespace) -> int:
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
         case "plan":
             print(_planned(options), end="")
+        case "launch":
+            return _launched(options)
         case "data":
             return run_data(options)
         case "report":
@@ -198,6 +223,21 @@ def _planned(options: argparse.Namespace) -> str:
     known = Expectation(options.lengths, options.mean_tokens, options.workers)
     plan = make_run_plan(options.recipe, options.overrides, known)
     return as_json(plan) if options.json else as_text(plan)
+
+
+def _launched(options: argparse.Namespace) -> int:
+    from megatron_matpo.launch.launch import LaunchRequest, launch
+
+    return launch(
+        LaunchRequest(
+            recipe=options.recipe,
+            cluster=options.cluster,
+            command=options.job_command,
+            dry_run=options.dry_run,
+            write=options.write,
+            overrides=options.overrides,
+        )
+    )
 
 
 if __name__ == "__main__":

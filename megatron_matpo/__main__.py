@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_plan(commands)
     _add_launch(commands)
+    _add_logs(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -155,6 +156,18 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
 
 
+def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("logs", help="all logs of a run as one, in order of time")
+    command.add_argument("run_dir", help="folder of the run, as in runs/default")
+    command.add_argument("-f", "--follow", action="store_true", help="wait for more, until Ctrl-C")
+    command.add_argument("--role", default="", help="as trainer, engine-1, slurm")
+    command.add_argument("--node", type=int, default=-1, metavar="N", help="roles of this node")
+    command.add_argument(
+        "--since", default="", metavar="TIME", help="30s, 10m, 2h, 1d ago, or 2026-01-31T12:00"
+    )
+    command.add_argument("-n", "--lines", type=int, default=-1, metavar="N", help="the last N only")
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -183,18 +196,7 @@ def _dispatch(options: argparse.Namespace) -> int:
                 )
             )
         case "export":
-            from megatron_matpo.launch.export import ExportRequest, export
-
-            return export(
-                ExportRequest(
-                    source=options.source,
-                    step=options.step,
-                    out=options.out,
-                    dtype=options.dtype,
-                    model=options.model,
-                    force=options.force,
-                )
-            )
+            return _exported(options)
         case "config":
             from megatron_matpo.config import dump_config, load_recipe
 
@@ -203,6 +205,8 @@ def _dispatch(options: argparse.Namespace) -> int:
             print(_planned(options), end="")
         case "launch":
             return _launched(options)
+        case "logs":
+            return _followed(options)
         case "data":
             return run_data(options)
         case "report":
@@ -214,6 +218,21 @@ def _dispatch(options: argparse.Namespace) -> int:
 
             print(status_text(options.run_dir))
     return 0
+
+
+def _exported(options: argparse.Namespace) -> int:
+    from megatron_matpo.launch.export import ExportRequest, export
+
+    return export(
+        ExportRequest(
+            source=options.source,
+            step=options.step,
+            out=options.out,
+            dtype=options.dtype,
+            model=options.model,
+            force=options.force,
+        )
+    )
 
 
 def _planned(options: argparse.Namespace) -> str:
@@ -236,6 +255,21 @@ def _launched(options: argparse.Namespace) -> int:
             dry_run=options.dry_run,
             write=options.write,
             overrides=options.overrides,
+        )
+    )
+
+
+def _followed(options: argparse.Namespace) -> int:
+    from megatron_matpo.launch.logs import LogsRequest, show_logs
+
+    return show_logs(
+        LogsRequest(
+            run_dir=options.run_dir,
+            follow=options.follow,
+            role=options.role,
+            node=options.node,
+            since=options.since,
+            lines=options.lines,
         )
     )
 

@@ -13,7 +13,7 @@ matpo_cancelled=0
 matpo_attempt=0
 
 matpo_say() {
-    printf 'matpo: %s\n' "$*"
+    printf '%(%F %T)T matpo: %s\n' -1 "$*"
 }
 
 # The newest checkpoint's name; "none" before the first.

@@ -2,9 +2,9 @@
 
 Called as `slurm_stand_in.py -m megatron_matpo.launch.slurm_task ARGUMENTS`. The file that
 `MATPO_STAND_IN` names has a line per attempt (the last one is repeated) with words of the form
-`NODE=ACTION`; a word without `NODE=` is for every node. Actions: `exit:CODE`, `fail:CODE:TEXT` (with
-a failure of the trainer recorded), `save:STEP` (a checkpoint), `wait` (until SIGTERM; then goes
-on), `bad` (the preflight fails).
+`NODE=ACTION`; a word without `NODE=` is for every node. Actions: `exit:CODE`, `fail:CODE:TEXT`
+(with a failure of the trainer recorded), `save:STEP` (a checkpoint), `wait` (until SIGTERM; then
+goes on), `bad` (the preflight fails).
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ matpo_end() {
             code=$decided
             reason="$node: $reason"
         else
-            reason="no task said why; srun ended with exit code $code"
+            reason="no task said why (exit code $code), see the lines above"
         fi
         matpo_say "attempt $matpo_attempt ended with exit code $code"
         matpo_say "reason: $reason"

@@ -45,7 +45,6 @@ def sbatch_text(job: Job, origin: str, file: str) -> str:
         header,
         *(_flag(name, value) for name, value in job.options),
         "#SBATCH --output=%x-%j.out",
-        "set -uo pipefail",
         "",
         *_run_dir_of_arguments(job),
         preamble(job),
@@ -75,7 +74,7 @@ def preamble(job: Job) -> str:
 def environment_lines(job: Job) -> list[str]:
     """The site's own lines and the variables of every process."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in job.environment]
-    return [*job.setup, *exports]
+    return [*(f"{{ {line}; }} || exit 1" for line in job.setup), *exports]
 
 
 def secret_lines(job: Job) -> list[str]:

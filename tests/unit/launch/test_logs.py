@@ -1,4 +1,4 @@
-"""Proves that `matpo logs` shows every line once, in order of time, also of files that are rotated."""
+"""Proves that `matpo logs` shows every line once, in order of time, and survives rotation."""
 
 from __future__ import annotations
 

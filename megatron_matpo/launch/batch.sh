@@ -103,6 +103,11 @@ matpo_requeue() {
     done
 }
 
+# Slurm ends a job that is cancelled and one whose time is over alike. The first must stay ended.
+matpo_out_of_time() {
+    [[ "$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null)" == *Reason=TimeLimit* ]]
+}
+
 # Ends the script: says what happened and why, and requeues if that helps.
 matpo_end() {
     local code=$1 line="" reason="" decided node
@@ -121,11 +126,15 @@ matpo_end() {
         matpo_say "attempt $matpo_attempt ended with exit code $code"
         matpo_say "reason: $reason"
     fi
+    if ((matpo_cancelled)) && matpo_out_of_time; then
+        matpo_say "the time limit is over; slurm.stop_lead_s was too short for the run to save"
+        matpo_cancelled=0
+    fi
     if ((code == 0)); then
         matpo_say "done"
         rm -f "$matpo_run/slurm/attempts"
     elif ((matpo_cancelled)); then
-        matpo_say "the job was cancelled or ran out of time: not requeued; submitting the same again resumes"
+        matpo_say "not requeued: the job was cancelled, or Slurm itself starts it again"
     elif ((code == 75)); then
         matpo_write_attempts "$((matpo_attempt - 1))" "$(matpo_checkpoint)"
         matpo_requeue "the run saved and stopped early"

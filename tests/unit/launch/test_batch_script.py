@@ -45,7 +45,7 @@ class Attempt:
         exits = self.run / "slurm" / "exits"
         for name, body in (
             ("srun", f"cd {exits} 2>/dev/null\n{srun}"),
-            ("scontrol", f'echo "$*" >>{self.folder}/scontrol'),
+            ("scontrol", f"[ $1 = show ] && echo $STATE || echo $* >>{self.folder}/scontrol"),
         ):
             (programs / name).write_text(f"#!/bin/bash\n{body}\n")
             (programs / name).chmod(0o755)
@@ -184,6 +184,26 @@ def test_which_task_decides(attempt, exits, code, reason):
     lines = "".join(f"echo '{line}' >{line.split()[2]}\n" for line in exits)
     assert attempt(f"{lines}exit 137") == code
     assert f"matpo: reason: {reason}" in attempt.log
+
+
+# SIGTERM of the batch script itself is how Slurm ends a job before it kills.
+CANCELLED = "kill -TERM $PPID; echo '1 143 n1 stopped' >n1; exit 143"
+
+
+def test_a_cancelled_job_is_not_requeued(attempt):
+    assert attempt(CANCELLED) == 143
+    assert attempt.asked == []
+    assert "not requeued: the job was cancelled" in attempt.log
+
+
+def test_a_job_whose_time_is_over_is_requeued_and_counted(attempt):
+    attempt.env = {"STATE": "JobId=7 JobState=COMPLETING Reason=TimeLimit"}
+    for _ in range(2):
+        assert attempt(CANCELLED) == 143
+        assert attempt.asked == ["requeue 7"]
+    assert attempt(CANCELLED) == 143
+    assert attempt.asked == []
+    assert "slurm.stop_lead_s was too short" in attempt.log
 
 
 def test_bad_nodes_are_left_out(attempt):

@@ -34,6 +34,8 @@ from megatron_matpo.launch.sbatch import (
 _TASK = "task"
 # NeMo-Run prints every line that it runs, values of variables included.
 _QUIET = "{ set +vx; } 2>/dev/null"
+# NeMo-Run's script sets it; srun then gives tasks a terminal, and logs fill with what is rewritten.
+_NO_TERMINAL = "unset SLURM_UNBUFFEREDIO"
 _INSTALL = "pip install 'megatron_matpo[launch]'"
 
 
@@ -108,7 +110,7 @@ def slurm_executor(job: Job, cluster: ClusterFile) -> Any:
         packager=run.Packager(),
         additional_parameters=options,
         setup_lines="\n".join(
-            [_QUIET, f"matpo_run={shlex.quote(job.run_dir)}", preamble(job).rstrip()]
+            [_QUIET, _NO_TERMINAL, f"matpo_run={shlex.quote(job.run_dir)}", preamble(job).rstrip()]
         ),
         srun_args=[f"--output={log}", "--open-mode=append"],
         container_image=job.container.image if job.container else None,

@@ -33,6 +33,7 @@ _HEAD_BYTES = 64 * 1024
 _TIME_CHARS = 80
 _ISO = re.compile(r"(\d{4}-\d\d-\d\d)[ T](\d\d:\d\d:\d\d)(?:[.,](\d{1,9}))?(Z|[+-]\d\d:?\d\d)?")
 _GLOG = re.compile(r"\b[IWEF](\d\d)(\d\d) (\d\d:\d\d:\d\d)\.(\d{1,9})")
+_ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _AGO = re.compile(r"(\d+)([smhd])")
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -180,6 +181,7 @@ class LogFile:
     def _line(self, raw: bytes) -> Line:
         # A progress bar rewrites its line; the last state is the one to see.
         text = raw.decode(errors="replace").rstrip("\r").rsplit("\r", 1)[-1]
+        text = _ESCAPE.sub("", text)
         self._time = max(self._time, line_time(text, self._time) or 0.0)
         self._number += 1
         return Line(self._time, self._label, self._number, text)

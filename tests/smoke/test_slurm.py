@@ -122,6 +122,7 @@ def test_launch_trains_to_the_end_and_leaves_no_secret(site, conversations):
     assert f"scancel {job}" in out
     assert len(read_metrics(site.run)) == 2
     assert "matpo: done" in log
+    assert "\x1b" not in log, "a job's log is no terminal"
     assert json.loads((site.run / "slurm" / "job.json").read_text())["job_id"] == job
     texts = [path.read_bytes() for path in site.folder.rglob("*") if path.is_file()]
     assert len(texts) > 10, "NeMo-Run's files were found"

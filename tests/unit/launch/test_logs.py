@@ -114,7 +114,7 @@ def test_a_file_that_is_rotated_loses_no_line(run):
 
 
 def test_a_progress_bar_is_its_last_state(run):
-    write(run, "engine-0", "10%\r50%\r100%")
+    write(run, "engine-0", "10%\r50%\r\x1b[2K\x1b[1;32m100%\x1b[0m")
     assert shown(run) == ["100%"]
 
 

@@ -67,6 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     _add_plan(commands)
+    _add_launch(commands)
+    _add_logs(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -132,6 +134,40 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
+def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("launch", help="submit a recipe to a cluster (docs/cluster.md)")
+    command.add_argument("recipe", help="YAML file")
+    command.add_argument(
+        "--cluster", required=True, metavar="FILE", help="as slurm/cluster.example.yaml"
+    )
+    command.add_argument(
+        "--command",
+        dest="job_command",
+        default="train",
+        choices=("train", "sft"),
+        help="what to run there (default: train)",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="print all that would be submitted, start nothing"
+    )
+    command.add_argument(
+        "--write", default="", metavar="FILE", help="write a script for sbatch, start nothing"
+    )
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+
+
+def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("logs", help="all logs of a run as one, in order of time")
+    command.add_argument("run_dir", help="folder of the run, as in runs/default")
+    command.add_argument("-f", "--follow", action="store_true", help="wait for more, until Ctrl-C")
+    command.add_argument("--role", default="", help="as trainer, engine-1, slurm")
+    command.add_argument("--node", type=int, default=-1, metavar="N", help="roles of this node")
+    command.add_argument(
+        "--since", default="", metavar="TIME", help="30s, 10m, 2h, 1d ago, or 2026-01-31T12:00"
+    )
+    command.add_argument("-n", "--lines", type=int, default=-1, metavar="N", help="the last N only")
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -160,24 +196,17 @@ def _dispatch(options: argparse.Namespace) -> int:
                 )
             )
         case "export":
-            from megatron_matpo.launch.export import ExportRequest, export
-
-            return export(
-                ExportRequest(
-                    source=options.source,
-                    step=options.step,
-                    out=options.out,
-                    dtype=options.dtype,
-                    model=options.model,
-                    force=options.force,
-                )
-            )
+            return _exported(options)
         case "config":
             from megatron_matpo.config import dump_config, load_recipe
 
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
         case "plan":
             print(_planned(options), end="")
+        case "launch":
+            return _launched(options)
+        case "logs":
+            return _followed(options)
         case "data":
             return run_data(options)
         case "report":
@@ -191,6 +220,21 @@ def _dispatch(options: argparse.Namespace) -> int:
     return 0
 
 
+def _exported(options: argparse.Namespace) -> int:
+    from megatron_matpo.launch.export import ExportRequest, export
+
+    return export(
+        ExportRequest(
+            source=options.source,
+            step=options.step,
+            out=options.out,
+            dtype=options.dtype,
+            model=options.model,
+            force=options.force,
+        )
+    )
+
+
 def _planned(options: argparse.Namespace) -> str:
     from megatron_matpo.planning.command import Expectation, as_json, make_run_plan
     from megatron_matpo.planning.text import as_text
@@ -198,6 +242,36 @@ def _planned(options: argparse.Namespace) -> str:
     known = Expectation(options.lengths, options.mean_tokens, options.workers)
     plan = make_run_plan(options.recipe, options.overrides, known)
     return as_json(plan) if options.json else as_text(plan)
+
+
+def _launched(options: argparse.Namespace) -> int:
+    from megatron_matpo.launch.launch import LaunchRequest, launch
+
+    return launch(
+        LaunchRequest(
+            recipe=options.recipe,
+            cluster=options.cluster,
+            command=options.job_command,
+            dry_run=options.dry_run,
+            write=options.write,
+            overrides=options.overrides,
+        )
+    )
+
+
+def _followed(options: argparse.Namespace) -> int:
+    from megatron_matpo.launch.logs import LogsRequest, show_logs
+
+    return show_logs(
+        LogsRequest(
+            run_dir=options.run_dir,
+            follow=options.follow,
+            role=options.role,
+            node=options.node,
+            since=options.since,
+            lines=options.lines,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from megatron_matpo.config.plan import Plan, make_plan, num_ports
+from megatron_matpo.config.plan import Offer, Plan, bind, place
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command
 
 
 def node_plan_text(config: Config, command: Command) -> str:
     """The plan as one line per role and node; starts nothing and reserves no port."""
-    if config.cluster.num_nodes > 1:
-        nodes = config.cluster.num_nodes
-        return f"{nodes} nodes of {config.cluster.gpus_per_node} GPUs, one task each"
     base = config.cluster.base_port
-    ports = [base + index if base else 0 for index in range(num_ports(config))]
-    return plan_text(make_plan(config, ports), has_engines=_has_engines(config, command))
+    placement = place(config, has_trainer=command != "eval")
+    offers = [
+        Offer("", tuple(base + i if base else 0 for i in range(placement.num_ports(node))))
+        for node in range(placement.num_nodes)
+    ]
+    return plan_text(bind(placement, offers), has_engines=_has_engines(config, command))
 
 
 def plan_text(plan: Plan, *, has_engines: bool) -> str:

@@ -16,7 +16,7 @@ from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
-from megatron_matpo.config.validate import collect_violations, collect_warnings
+from megatron_matpo.config.validate import check_values, collect_violations, collect_warnings
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -53,6 +53,21 @@ def config(tmp_path) -> Config:
 
 def section(config: Config, name: str, **values) -> Config:
     return replace(config, **{name: replace(getattr(config, name), **values)})
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("cluster", {"placement": "colocated"}, "cluster.placement=colocated: planning"),
+        ("rollout", {"max_staleness": 1}, "rollout.max_staleness=1: only 0 (synchronous"),
+    ],
+)
+def test_what_can_only_be_planned_is_refused_by_train_alone(config, name, values, expected):
+    planned = section(config, name, **values)
+    (problem,) = collect_violations(planned, command="train")
+    assert problem.startswith(expected)
+    assert collect_violations(planned, command="eval") == []
+    assert check_values(planned) == []
 
 
 def test_a_good_configuration_passes(config):

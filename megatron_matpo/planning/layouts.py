@@ -22,7 +22,7 @@ from megatron_matpo.config.gpus import Gpu
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.planning.batches import Workload, micro_batches_per_rank
 from megatron_matpo.planning.ledger import Ledger, worst_stage
-from megatron_matpo.planning.parameters import active_parameters, num_parameters
+from megatron_matpo.planning.parameters import active_parameters, trained_parameters
 from megatron_matpo.planning.pipeline import bubble_frac
 from megatron_matpo.planning.shape import Job, Layout
 
@@ -202,7 +202,7 @@ def _expert_seconds(job: Job, site: Site, tokens: float) -> float:
 
 def _optimizer_seconds(job: Job) -> float:
     """Gradients reduced and parameters gathered; offloaded, the shard goes over PCIe, too."""
-    worst = max(num_parameters(job, stage) for stage in (0, job.layout.pipeline - 1))
+    worst = max(trained_parameters(job, stage) for stage in (0, job.layout.pipeline - 1))
     ranks = job.layout.optimizer_ranks
     network = worst * (4 + job.element_bytes) * (ranks - 1) / ranks / _NETWORK_BYTES_S
     # fp32 gradients to the host and parameters back; the host's Adam takes about as long again.

@@ -27,6 +27,7 @@ class Parameter:
     """Tied embedding that lies on two stages, which has a bucket of its own."""
     is_expert: bool = False
     """Lies in a buffer of its own, which other ranks share than that of the rest."""
+    is_adapter: bool = False
 
 
 def layer_parameters(job: Job, layer: int) -> list[Parameter]:
@@ -43,6 +44,7 @@ def layer_parameters(job: Job, layer: int) -> list[Parameter]:
         *norms,
         Parameter(h),
         *_feed_forward(job, layer),
+        *_adapters(job, layer),
     ]
 
 
@@ -56,6 +58,29 @@ def _feed_forward(job: Job, layer: int) -> list[Parameter]:
     size = h * moe.ffn_size
     expert = [Parameter(2 * size, True, is_expert=True), Parameter(size, True, is_expert=True)]
     return [Parameter(h * moe.num_experts), *expert * (moe.num_experts // layout.expert)]
+
+
+def _adapters(job: Job, layer: int) -> list[Parameter]:
+    """A and B of every linear with a target (`megatron/lora.py`); As of fused targets are stacked.
+
+    A column-parallel linear has all of A and a part of B on every rank, a row-parallel one the
+    reverse. Experts have none.
+    """
+    hf, t, r = job.hf, job.layout.tensor, job.lora_rank
+    h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    columns = [(("q_proj", "k_proj", "v_proj"), q + 2 * k)]
+    rows = [("o_proj", q)]
+    if not hf.is_moe_layer(layer):
+        columns.append((("gate_proj", "up_proj"), 2 * hf.ffn_size))
+        rows.append(("down_proj", hf.ffn_size))
+    sizes: list[int] = []
+    for names, outputs in columns:
+        if count := sum(name in job.lora_layers for name in names):
+            sizes += [count * r * h, outputs // t * r]
+    for name, inputs in rows:
+        if name in job.lora_layers:
+            sizes += [r * inputs // t, h * r]
+    return [Parameter(size, is_adapter=True) for size in sizes]
 
 
 def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
@@ -108,11 +133,20 @@ def num_parameters(job: Job, stage: int) -> int:
     return sum(p.numel for chunk in stage_parameters(job, stage) for p in chunk)
 
 
+def trained_parameters(job: Job, stage: int) -> int:
+    """Of them, those that are trained: all, or the adapters."""
+    if not job.lora_rank:
+        return num_parameters(job, stage)
+    chunks = stage_parameters(job, stage)
+    return sum(p.numel for chunk in chunks for p in chunk if p.is_adapter)
+
+
 def _padded(job: Job, stage: int, *, is_expert: bool) -> int:
-    """Elements of the stage's buffers of one kind."""
+    """Elements of the stage's gradient buffers of one kind; frozen weights are in none."""
     ranks = job.layout.expert_replicas if is_expert else job.layout.optimizer_ranks
     chunks = [
-        [p for p in chunk if p.is_expert is is_expert] for chunk in stage_parameters(job, stage)
+        [p for p in chunk if p.is_expert is is_expert and (p.is_adapter or not job.lora_rank)]
+        for chunk in stage_parameters(job, stage)
     ]
     return sum(buffer_numel(chunk, ranks) for chunk in chunks)
 
@@ -122,12 +156,13 @@ def _all_padded(job: Job, stage: int) -> int:
 
 
 def weight_bytes(job: Job, stage: int) -> int:
-    """The model's parameters; with FP8 also the copies that its matrix products read.
+    """The model's parameters and adapters; with FP8 also the copies that matrix products read.
 
     Transformer Engine keeps a matrix twice in FP8, as it is and transposed, between the
     micro-batches of an update. With `fp8.params` these two are all there is of it.
     """
-    total = _all_padded(job, stage) * job.element_bytes
+    frozen = num_parameters(job, stage) - trained_parameters(job, stage)
+    total = (_all_padded(job, stage) + frozen) * job.element_bytes
     if not job.fp8_recipe:
         return total
     matmul = _fp8_numel(job, stage)

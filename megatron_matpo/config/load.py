@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -121,12 +121,13 @@ def _read_with_bases(
     chain[path.resolve()] = (str(path), raw)
 
 
-def _bases(value: Any, path: Path) -> list[str]:
+def _bases(value: object, path: Path) -> list[str]:
     """What `base:` names."""
     if value is None:
         return []
-    bases = value if isinstance(value, list) else [value]
-    if not bases or not all(isinstance(base, str) and base for base in bases):
+    items = cast(list[object], value) if isinstance(value, list) else [value]
+    bases = [item for item in items if isinstance(item, str) and item]
+    if not bases or len(bases) < len(items):
         raise ConfigError(
             f"base={value!r}: expected the path of a recipe, or a list of them (in {path})"
         )

@@ -7,10 +7,11 @@ their padding), `optimizer/distrib_optimizer.py` (what the ranks share); Rajbhan
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_matpo.planning.shape import Job
+from megatron_matpo.planning.shape import Job, Layout
 
 _START = 64
 _END = 128
@@ -68,7 +69,7 @@ def _adapters(job: Job, layer: int) -> list[Parameter]:
     """
     hf, t, r = job.hf, job.layout.tensor, job.lora_rank
     h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
-    columns = [(("q_proj", "k_proj", "v_proj"), q + 2 * k)]
+    columns: list[tuple[tuple[str, ...], int]] = [(("q_proj", "k_proj", "v_proj"), q + 2 * k)]
     rows = [("o_proj", q)]
     if not hf.is_moe_layer(layer):
         columns.append((("gate_proj", "up_proj"), 2 * hf.ffn_size))
@@ -105,7 +106,25 @@ def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
 
 def stage_parameters(job: Job, stage: int) -> list[list[Parameter]]:
     """All chunks of a stage."""
-    return [chunk_parameters(job, stage, chunk) for chunk in range(job.layout.virtual)]
+    return _stage_parameters(_split_of(job), stage)
+
+
+def _split_of(job: Job) -> Job:
+    """The job with what decides its parameters and nothing else, so that layouts share results."""
+    layout = Layout(
+        tensor=job.layout.tensor,
+        pipeline=job.layout.pipeline,
+        context=1,
+        data=1,
+        virtual=job.layout.virtual,
+        expert=job.layout.expert,
+    )
+    return replace(job, layout=layout, micro_batch_tokens=1)
+
+
+@functools.lru_cache(maxsize=256)
+def _stage_parameters(split: Job, stage: int) -> list[list[Parameter]]:
+    return [chunk_parameters(split, stage, chunk) for chunk in range(split.layout.virtual)]
 
 
 def buffer_numel(parameters: list[Parameter], ranks: int) -> int:
@@ -130,20 +149,28 @@ def buffer_numel(parameters: list[Parameter], ranks: int) -> int:
 
 def num_parameters(job: Job, stage: int) -> int:
     """Parameters of a stage on one tensor-parallel rank."""
-    return sum(p.numel for chunk in stage_parameters(job, stage) for p in chunk)
+    return _numel(_split_of(job), stage, False)
 
 
 def trained_parameters(job: Job, stage: int) -> int:
     """Of them, those that are trained: all, or the adapters."""
-    if not job.lora_rank:
-        return num_parameters(job, stage)
-    chunks = stage_parameters(job, stage)
-    return sum(p.numel for chunk in chunks for p in chunk if p.is_adapter)
+    return _numel(_split_of(job), stage, bool(job.lora_rank))
+
+
+@functools.lru_cache(maxsize=256)
+def _numel(split: Job, stage: int, only_adapters: bool) -> int:
+    chunks = _stage_parameters(split, stage)
+    return sum(p.numel for chunk in chunks for p in chunk if p.is_adapter or not only_adapters)
 
 
 def _padded(job: Job, stage: int, *, is_expert: bool) -> int:
     """Elements of the stage's gradient buffers of one kind; frozen weights are in none."""
     ranks = job.layout.expert_replicas if is_expert else job.layout.optimizer_ranks
+    return _padded_for(_split_of(job), stage, is_expert, ranks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _padded_for(job: Job, stage: int, is_expert: bool, ranks: int) -> int:
     chunks = [
         [p for p in chunk if p.is_expert is is_expert and (p.is_adapter or not job.lora_rank)]
         for chunk in stage_parameters(job, stage)

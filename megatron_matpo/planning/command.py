@@ -76,8 +76,10 @@ _UNKNOWN = Gpu("unknown", 0.0, 312, 0, (8, 0), 400)
 """Stands in where only an order of layouts would need a GPU."""
 
 
-def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -> RunPlan:
-    """Reckon.
+def make_run_plan(
+    recipe: str, overrides: list[str], expectation: Expectation, *, proposals: bool = True
+) -> RunPlan:
+    """Reckon; other layouts are looked for only if `proposals` are wanted.
 
     Raises:
         ConfigError: the recipe is wrong, has no `model.path` with a `config.json`, or its layout
@@ -101,7 +103,7 @@ def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -
         if gpu and not config.rollout.replay
         else None
     )
-    own, proposals = None, ()
+    own, found = None, ()
     if not config.is_evaluation:
         site = Site(
             gpu or _UNKNOWN,
@@ -111,7 +113,7 @@ def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -
         )
         budget, updates = config.train.micro_batch_tokens, config.algo.updates_per_step
         own = appraise(job, site, workload, budget, updates)
-        proposals = tuple(propose(job, site, workload, budget, updates)) if gpu else ()
+        found = tuple(propose(job, site, workload, budget, updates)) if gpu and proposals else ()
     return RunPlan(
         recipe=recipe,
         config=config,
@@ -123,7 +125,7 @@ def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -
         stages=_stages(job, own),
         engine=engine,
         problems=(*_trainer_problems(config, own, gpu), *engine_problems(config, engine)),
-        proposals=proposals,
+        proposals=found,
     )
 
 

@@ -23,7 +23,7 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.planning.batches import Workload, micro_batches_per_rank
 from megatron_matpo.planning.colocated import host_bytes, peak_bytes
 from megatron_matpo.planning.engines import EngineMemory
-from megatron_matpo.planning.ledger import Ledger, stage_ledger
+from megatron_matpo.planning.ledger import Ledger, stage_ledger, worst_stage
 from megatron_matpo.planning.parameters import active_parameters, trained_parameters
 from megatron_matpo.planning.pipeline import bubble_frac
 from megatron_matpo.planning.shape import Job, Layout
@@ -105,7 +105,7 @@ def appraise(job: Job, site: Site, workload: Workload, budget: int, updates: int
     seconds = update_seconds(job, site, workload, updates, count)
     return Proposal(
         layout=job.layout,
-        ledger=max(ledgers, key=lambda ledger: ledger.total),
+        ledger=worst_stage(job, count),
         peak=max(peak_bytes(ledger, site.shared_with) for ledger in ledgers),
         host=max(host_bytes(ledger, site.shared_with) for ledger in ledgers),
         num_micro_batches=count,

@@ -191,6 +191,41 @@ def test_single_agent_and_matpo_differ_in_what_they_compare():
         assert left.data.samples_per_prompt == right.data.samples_per_prompt
 
 
+ORIGINAL: dict[str, dict[str, object]] = {
+    # What the original's scripts say (examples/sglang_multiturn at 3c41d62), by recipe.
+    "matpo-qwen3-14b-16n8g-a800": {"prompts_per_step": 256, "samples_per_prompt": 8, "tensor": 2},
+    "single-qwen3-14b-16n8g-a800": {"prompts_per_step": 256, "samples_per_prompt": 8, "tensor": 2},
+    "matpo-qwen3-4b-1n8g-a800": {"prompts_per_step": 8, "samples_per_prompt": 2},
+    "single-qwen3-4b-1n8g-a800": {"prompts_per_step": 8, "samples_per_prompt": 2},
+    "matpo-qwen3-4b-1n8g-a800-lora": {"prompts_per_step": 8, "samples_per_prompt": 2, "rank": 32},
+}
+
+
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_the_values_are_the_original_s(name):
+    config = load_recipe(f"recipes/{name}.yaml", [])
+    optim, algo, rollout, agents = config.optim, config.algo, config.rollout, config.agents
+    values = {
+        "prompts_per_step": config.data.prompts_per_step,
+        "samples_per_prompt": config.data.samples_per_prompt,
+        "tensor": rollout.tensor,
+        "rank": config.lora.rank,
+    }
+    assert {key: values[key] for key in ORIGINAL[name]} == ORIGINAL[name]
+    assert (optim.lr, optim.schedule, optim.warmup_steps) == (1e-5, "constant", 0)
+    assert (optim.beta1, optim.beta2, optim.weight_decay) == (0.9, 0.999, 0.01)
+    assert (optim.clip_grad, algo.kl_coef, algo.aggregation) == (1.0, 0.0, "token")
+    assert (algo.clip_low, algo.clip_high, algo.dual_clip) == (0.2, 0.2, 3.0)
+    assert (rollout.temperature, rollout.top_p, rollout.top_k) == (1.0, 1.0, -1)
+    assert rollout.context_length == config.train.micro_batch_tokens == 3072 + 37888
+    assert {(agent.max_turns, agent.summary_reserve_tokens) for agent in agents.values()} == {
+        (20, 4096)
+    }
+    assert (config.reward.accuracy_weight, config.reward.format_weight) == (0.9, 0.1)
+    assert config.tools.result_max_chars == 20000
+    assert config.eval.before_train == name.startswith("single-qwen3-14b")
+
+
 def table() -> str:
     """The table of recipes/README.md."""
     lines = [

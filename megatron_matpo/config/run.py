@@ -29,11 +29,11 @@ class ClusterConfig:
     num_nodes: int = 1
     gpus_per_node: int = 0
     """0 means the CPU platform (gloo, fp32, small models)."""
-    placement: str = "disaggregated"
-    """`disaggregated`: trainer and engines on GPUs of their own; `colocated`: on the same ones, in
-    turns."""
     host: str = "127.0.0.1"
     """Address that this node's servers bind to: loopback, or the cluster's own interface."""
+    placement: str = "disaggregated"
+    """`disaggregated`: trainer and engines on GPUs of their own; `colocated`: on the same ones, in
+    turns (so far for `matpo plan` and dry runs only)."""
     gpu: str = ""
     """Model of the GPUs, as `config/gpus.py` names it; empty asks the driver."""
     base_port: int = 0

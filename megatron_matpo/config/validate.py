@@ -31,7 +31,6 @@ Command = Literal["train", "sft", "eval"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "compat": ("corrected", "reference"),
-    "cluster.placement": ("disaggregated", "colocated"),
     "precision": PRECISIONS,
     "fp8.recipe": ("auto", *FP8_RECIPES),
     "train.recompute": ("none", "selective", "full"),
@@ -40,6 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "reward.grader": GRADERS,
     "reward.judge.max_tokens_field": ("max_tokens", "max_completion_tokens"),
     "weight_sync.transport": ("broadcast", "none"),
+    "cluster.placement": ("disaggregated", "colocated"),
     "algo.baseline": ("group_mean", "leave_one_out"),
     "algo.aggregation": ("token", "trajectory", "episode"),
     "algo.kl_estimator": ("k1", "k2", "k3"),
@@ -259,6 +259,11 @@ def _check_supported(config: Config) -> Iterator[str]:
     """What `matpo plan` can reckon with but no run can do."""
     if config.cluster.num_nodes > 1:
         yield f"cluster.num_nodes={config.cluster.num_nodes}: only 1 node is supported"
+    if config.cluster.placement == "colocated":
+        yield (
+            "cluster.placement=colocated: trainer and engines cannot share GPUs yet (`matpo plan` "
+            "and `matpo launch --dry-run` reckon with it); use disaggregated"
+        )
 
 
 def _check_parallel(config: Config) -> Iterator[str]:
@@ -281,11 +286,6 @@ def _check_rollout(config: Config) -> Iterator[str]:
 
 
 def _check_train(config: Config) -> Iterator[str]:
-    if config.cluster.placement == "colocated":
-        yield (
-            "cluster.placement=colocated: planning and dry runs accept it, a run does not yet; use "
-            "disaggregated"
-        )
     if config.rollout.max_staleness > 0:
         yield (
             f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "

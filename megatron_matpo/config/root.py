@@ -59,3 +59,9 @@ class Config:
     def run_dir(self) -> str:
         """Folder of the run: `RUN.DIR/RUN.NAME`."""
         return f"{self.run.dir}/{self.run.name}"
+
+    @property
+    def is_evaluation(self) -> bool:
+        """The recipe has questions to evaluate and none to train on: it is for `matpo eval`."""
+        has_training = self.data.train or self.rollout.replay or self.sft.data
+        return bool(self.eval.sets) and not has_training

@@ -251,11 +251,6 @@ def _check_run(config: Config) -> Iterator[str]:
         )
     if config.rollout.top_k != -1 and config.rollout.top_k < 1:
         yield f"rollout.top_k={config.rollout.top_k}: -1 (off) or at least 1"
-    if config.rollout.max_staleness > 0:
-        yield (
-            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
-            "step's tokens come from the newest weights) is supported"
-        )
 
 
 def _check_gpu(config: Config) -> Iterator[str]:
@@ -292,6 +287,12 @@ def _check_rollout(config: Config) -> Iterator[str]:
 
 
 def _check_train(config: Config) -> Iterator[str]:
+    if config.rollout.max_staleness > 0:
+        yield (
+            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
+            "step's tokens come from the newest weights) is supported by a run; planning and dry "
+            "runs accept it"
+        )
     data, algo = config.data, config.algo
     episodes = data.prompts_per_step * data.samples_per_prompt
     if algo.updates_per_step > episodes:

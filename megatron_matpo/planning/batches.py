@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class Workload:
     assumption: str
     """Where the lengths come from, for the output."""
 
-    @property
+    @functools.cached_property
     def length_seen(self) -> float:
         """Length of the trajectory that a token is in, on average over tokens."""
         return sum(n * n for n in self.lengths) / sum(self.lengths)
@@ -93,8 +94,13 @@ def micro_batches_per_rank(workload: Workload, budget: int, ranks: int, updates:
     Best-fit-decreasing packing of an even share of the step's trajectories; longer ones than the
     budget are alone. All ranks have equally many.
     """
-    share = sorted(workload.lengths, reverse=True)[::updates]
-    return max(1, -(-count_bins(share, budget) // ranks))
+    return max(1, -(-_bins(workload.lengths, budget, updates) // ranks))
+
+
+@functools.lru_cache(maxsize=64)
+def _bins(lengths: tuple[int, ...], budget: int, updates: int) -> int:
+    """Of one update, over all ranks; the same for every layout, and so packed once."""
+    return count_bins(sorted(lengths, reverse=True)[::updates], budget)
 
 
 def count_bins(lengths: Sequence[int], budget: int) -> int:

@@ -21,8 +21,10 @@ from itertools import product
 from megatron_matpo.config.gpus import Gpu
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.planning.batches import Workload, micro_batches_per_rank
-from megatron_matpo.planning.ledger import Ledger, worst_stage
-from megatron_matpo.planning.parameters import active_parameters, num_parameters
+from megatron_matpo.planning.colocated import host_bytes, peak_bytes
+from megatron_matpo.planning.engines import EngineMemory
+from megatron_matpo.planning.ledger import Ledger, stage_ledger, worst_stage
+from megatron_matpo.planning.parameters import active_parameters, trained_parameters
 from megatron_matpo.planning.pipeline import bubble_frac
 from megatron_matpo.planning.shape import Job, Layout
 
@@ -44,6 +46,8 @@ class Site:
     num_gpus: int
     """For the trainer."""
     gpus_per_node: int
+    shared_with: EngineMemory | None = None
+    """Engine that is on the same GPU (`cluster.placement: colocated`)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Proposal:
 
     layout: Layout
     ledger: Ledger
+    """Of the pipeline stage that needs most while it trains."""
+    peak: int
+    """Bytes of a GPU, whatever is on it, in the phase of a step that needs most."""
+    host: int
+    """Bytes of the host's memory, per rank."""
     num_micro_batches: int
     """Per update and rank."""
     seconds: float
@@ -69,7 +78,7 @@ def propose(
     for layout in candidates(job.hf, site):
         proposal = appraise(replace(job, layout=layout), site, workload, budget, updates)
         split = (layout.tensor, layout.pipeline, layout.context, layout.expert)
-        if proposal.ledger.total <= site.gpu.memory_gib * 2**30 and (
+        if proposal.peak <= site.gpu.memory_gib * 2**30 and (
             split not in best or _preference(proposal) < _preference(best[split])
         ):
             best[split] = proposal
@@ -92,9 +101,16 @@ def _preference(proposal: Proposal) -> tuple[float, ...]:
 def appraise(job: Job, site: Site, workload: Workload, budget: int, updates: int) -> Proposal:
     """Memory and estimated time of the job's layout."""
     count = micro_batches_per_rank(workload, budget, job.layout.data, updates)
-    ledger = worst_stage(job, count)
+    ledgers = [stage_ledger(job, stage, count) for stage in range(job.layout.pipeline)]
     seconds = update_seconds(job, site, workload, updates, count)
-    return Proposal(job.layout, ledger, count, seconds)
+    return Proposal(
+        layout=job.layout,
+        ledger=worst_stage(job, count),
+        peak=max(peak_bytes(ledger, site.shared_with) for ledger in ledgers),
+        host=max(host_bytes(ledger, site.shared_with) for ledger in ledgers),
+        num_micro_batches=count,
+        seconds=seconds,
+    )
 
 
 def candidates(hf: HfModelConfig, site: Site) -> Iterator[Layout]:
@@ -202,7 +218,7 @@ def _expert_seconds(job: Job, site: Site, tokens: float) -> float:
 
 def _optimizer_seconds(job: Job) -> float:
     """Gradients reduced and parameters gathered; offloaded, the shard goes over PCIe, too."""
-    worst = max(num_parameters(job, stage) for stage in (0, job.layout.pipeline - 1))
+    worst = max(trained_parameters(job, stage) for stage in (0, job.layout.pipeline - 1))
     ranks = job.layout.optimizer_ranks
     network = worst * (4 + job.element_bytes) * (ranks - 1) / ranks / _NETWORK_BYTES_S
     # fp32 gradients to the host and parameters back; the host's Adam takes about as long again.

@@ -104,11 +104,13 @@ def own_files() -> list[Path]:
 def imports_of(file: Path) -> Iterator[Import]:
     name = file.relative_to(ROOT / PACKAGE).as_posix()
     tree = ast.parse(file.read_text())
+    # Inside functions, or for the type checker alone.
     lazy = {
         id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(function)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        or (isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING")
+        for node in ast.walk(block)
     }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -16,7 +16,7 @@ from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
-from megatron_matpo.config.validate import collect_violations, collect_warnings
+from megatron_matpo.config.validate import check_values, collect_violations, collect_warnings
 
 QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -53,6 +53,21 @@ def config(tmp_path) -> Config:
 
 def section(config: Config, name: str, **values) -> Config:
     return replace(config, **{name: replace(getattr(config, name), **values)})
+
+
+def test_staleness_can_be_planned_and_is_refused_by_train_alone(config):
+    stale = section(config, "rollout", max_staleness=1)
+    (problem,) = collect_violations(stale, command="train")
+    assert problem.startswith("rollout.max_staleness=1: only 0 (synchronous")
+    assert collect_violations(stale, command="eval") == []
+    assert check_values(stale) == []
+
+
+def test_a_colocated_trainer_can_be_planned_and_is_refused_for_a_run(config):
+    shared = section(config, "cluster", placement="colocated")
+    (problem,) = collect_violations(shared, command="train")
+    assert problem.startswith("cluster.placement=colocated: trainer and engines cannot share GPUs")
+    assert check_values(shared) == []
 
 
 def test_a_good_configuration_passes(config):

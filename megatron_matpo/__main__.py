@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     _add_plan(commands)
+    _add_doctor(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -132,6 +133,22 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("doctor", help="check what a run needs of the machines")
+    command.add_argument("recipe", nargs="?", default="", help="YAML file; without: the machine")
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--preflight",
+        action="store_true",
+        help="before a job: quick checks, one line if all is well",
+    )
+    mode.add_argument(
+        "--build", action="store_true", help="of an image, where no GPU is: software only"
+    )
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -178,6 +195,8 @@ def _dispatch(options: argparse.Namespace) -> int:
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
         case "plan":
             print(_planned(options), end="")
+        case "doctor":
+            return _doctor(options)
         case "data":
             return run_data(options)
         case "report":
@@ -198,6 +217,16 @@ def _planned(options: argparse.Namespace) -> str:
     known = Expectation(options.lengths, options.mean_tokens, options.workers)
     plan = make_run_plan(options.recipe, options.overrides, known)
     return as_json(plan) if options.json else as_text(plan)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_matpo.doctor.command import Request, doctor
+
+    recipe, overrides = options.recipe, list(options.overrides)
+    if _OVERRIDE.match(recipe):  # `matpo doctor cluster.gpus_per_node=8`
+        recipe, overrides = "", [recipe, *overrides]
+    mode = "preflight" if options.preflight else "build" if options.build else "full"
+    return doctor(Request(recipe, tuple(overrides), mode, options.json))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ CHANGEABLE = (
     "cluster.base_port",
     "checkpoint.*",
     "obs.*",
+    "doctor.*",
     "eval.*",
     "rollout.python",
     "rollout.num_servers",

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 from megatron_matpo.config.load import collect_recipe
 from megatron_matpo.config.validate import check_values, collect_violations
-from megatron_matpo.doctor.allocation import read_allocation
+from megatron_matpo.doctor.allocation import this_node
 from megatron_matpo.doctor.catalogue import CHECKS
 from megatron_matpo.doctor.lines import Check, Line, Mode, Site
-from megatron_matpo.doctor.nodes import Clock, Verdict, check_alone, follow, has_failed, lead
+from megatron_matpo.doctor.nodes import Clock, check_alone, exit_code, follow, label_of, lead
 from megatron_matpo.doctor.services import secrets
 from megatron_matpo.doctor.text import as_json, as_text, redact
 from megatron_matpo.errors import ConfigError
@@ -33,34 +33,31 @@ class Request:
 
 
 def doctor(request: Request, clock: Clock = time.time) -> int:
-    """Check, print, and return the exit code: 1 if anything failed, anywhere.
+    """Check, print, and return the exit code: 1 if anything failed here, 3 if on another node.
 
     Raises:
         ConfigError: the recipe or an override cannot be read at all, or the environment's numbers
             of nodes contradict each other.
     """
-    allocation = read_allocation(os.environ)
-    site = replace(read_site(request), num_nodes=allocation.num_nodes)
+    node = this_node(os.environ)
+    site = replace(read_site(request), num_nodes=node.count)
 
     def own_checks() -> list[Line]:
-        return [replace(line, node=allocation.label) for line in run_checks(site, CHECKS)]
+        return [replace(line, node=label_of(node)) for line in run_checks(site, CHECKS)]
 
-    if allocation.num_nodes == 1 or site.mode == "build":
+    def show(lines: list[Line]) -> None:
+        is_brief = site.mode == "preflight"
+        text = as_json(lines) if request.is_json else as_text(lines, is_brief=is_brief)
+        print(redact(text, secrets(site.config)), end="", flush=True)
+
+    if node.count == 1 or site.mode == "build":
         lines = own_checks()
         if site.mode == "full":
             lines += check_alone(site)
-        verdict = Verdict(lines, has_failed(lines), True)
-    elif allocation.rank == 0:
-        verdict = lead(site, allocation, own_checks, clock)
-    else:
-        verdict = follow(site, allocation, own_checks, clock)
-    if verdict.is_reporter:
-        is_brief = site.mode == "preflight"
-        text = (
-            as_json(verdict.lines) if request.is_json else as_text(verdict.lines, is_brief=is_brief)
-        )
-        print(redact(text, secrets(site.config)), end="", flush=True)
-    return 1 if verdict.has_failed else 0
+        show(lines)
+        return exit_code(lines, 0, 1)
+    take_part = lead if node.index == 0 else follow
+    return take_part(site, node, own_checks, clock, show)
 
 
 def read_site(request: Request) -> Site:

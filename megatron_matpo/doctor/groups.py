@@ -28,7 +28,6 @@ _CPU_SHARE = 10
 _PREFLIGHT_MIB = 64
 _GRACE_S = 15.0
 """A rank gives up by itself, with a reason, before its parent kills it."""
-_MAX_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -164,11 +163,11 @@ def report(site: Site, outcomes: Sequence[Outcome]) -> list[Line]:
             "NCCL_DEBUG=INFO, or leave it out (`--exclude`)"
         )
         why = Line("nodes.weight_sync", "skipped", "the all-reduce comes first")
-        return [Line("nodes.allreduce", "fail", _blame(outcomes), fix), why]
+        return [*_blame("nodes.allreduce", outcomes, fix), why]
     first = _bandwidth(site, min(item.gb_s for item in outcomes) if depth == _DONE else 0.0)
     if depth < _DONE:
         fix = "are the ports between the nodes open? NCCL_CUMEM_ENABLE must be the same everywhere"
-        return [first, Line("nodes.weight_sync", "fail", _blame(outcomes), fix)]
+        return [first, *_blame("nodes.weight_sync", outcomes, fix)]
     num_members = ranks_per_node(site) if site.num_nodes == 1 else site.num_nodes
     took = max(item.sync_s for item in outcomes)
     seen = f"a group of {num_members} and one bucket in {took:.1f} s"
@@ -194,18 +193,24 @@ def _bandwidth(site: Site, gb_s: float) -> Line:
     return Line("nodes.allreduce", "pass", seen)
 
 
-def _blame(outcomes: Sequence[Outcome]) -> str:
-    """Which nodes came least far, and where the others waited."""
+def _blame(name: str, outcomes: Sequence[Outcome], fix: str) -> list[Line]:
+    """A line for each node that came least far; one for all if none came farther than another."""
     ordered = sorted(outcomes, key=lambda item: (item.depth, item.seconds))
     least = [item for item in ordered if item.depth == ordered[0].depth]
-    shown = [
-        f"{f'node {item.node}' if item.node else 'this node'} stopped at '{item.stage}'"
-        f" after {item.seconds:.0f} s: {item.problem}"
-        for item in least[:_MAX_NAMED]
-    ]
-    if len(least) > _MAX_NAMED:
-        shown.append(f"{len(least) - _MAX_NAMED} more nodes at the same place")
     rest = sorted({item.stage for item in ordered if item.depth > ordered[0].depth})
-    if rest:
-        shown.append(f"the others came to '{', '.join(rest)}'")
-    return "; ".join(shown)
+    if not rest:
+        first = ordered[0]
+        where = f"; node {first.node} was the first" if first.node else ""
+        seen = f"all stopped at '{first.stage}': {first.problem}{where}"
+        return [Line(name, "fail", seen, fix)]
+    return [
+        Line(
+            name,
+            "fail",
+            f"stopped at '{item.stage}' after {item.seconds:.0f} s: {item.problem}; others came to "
+            f"'{', '.join(rest)}'",
+            fix,
+            item.node,
+        )
+        for item in least
+    ]

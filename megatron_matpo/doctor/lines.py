@@ -24,7 +24,12 @@ class Line:
     fix: str = ""
     """What to do; empty where nothing is to be done."""
     node: str = ""
-    """Which node says so, as `3 (host)`; empty on a single node."""
+    """Which node this is about, as `3 (host)`; empty on a single node, and for all together."""
+
+    @property
+    def node_index(self) -> int:
+        """Of `node`; -1 for none."""
+        return int(self.node.partition(" ")[0]) if self.node else -1
 
 
 @dataclass(frozen=True)

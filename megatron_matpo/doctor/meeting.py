@@ -2,7 +2,7 @@
 
     node 0                                   node R
     run.dir/.matpo-doctor-ID.json  ------->  reads where to connect, and a token
-    accepts  <-----------------------------  {"token", "rank", "host"}
+    accepts  <-----------------------------  {"token", "rank", "name"}
     {"do": ..., ...}  -------------------->  answers with one object
 
 One JSON object per line. Only node 0 asks; a node answers one question after the other. A node that
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_matpo.doctor.allocation import Allocation
+from megatron_matpo.doctor.allocation import Node
 from megatron_matpo.errors import DeadlineError
 
 _POLL_S = 0.1
@@ -90,31 +90,31 @@ class Peer:
     """A node as node 0 sees it."""
 
     rank: int
-    host: str
+    name: str
     link: Link
 
     @property
     def label(self) -> str:
-        """As `Allocation.label`."""
-        return f"{self.rank} ({self.host})"
+        """As `Line.node`."""
+        return f"{self.rank} ({self.name})"
 
 
-def _meeting_file(folder: Path, allocation: Allocation) -> Path:
-    return folder / f".matpo-doctor-{allocation.launch_id}.json"
+def _meeting_file(folder: Path, node: Node) -> Path:
+    return folder / f".matpo-doctor-{node.launch_id}.json"
 
 
 class Host:
     """Node 0's side; a context manager."""
 
-    def __init__(self, folder: Path, allocation: Allocation, addresses: list[str]) -> None:
+    def __init__(self, folder: Path, node: Node, addresses: list[str]) -> None:
         """Listen, and write where.
 
         Raises:
             OSError: the folder cannot be written to.
         """
-        self._num_others = allocation.num_nodes - 1
+        self._num_others = node.count - 1
         self._token = secrets.token_hex(16)
-        self._file = _meeting_file(folder, allocation)
+        self._file = _meeting_file(folder, node)
         # All addresses: the nodes try those of the file one after the other, and need the token.
         self._listener = socket.create_server(("", 0), backlog=max(8, self._num_others))
         port = self._listener.getsockname()[1]
@@ -159,10 +159,10 @@ class Host:
             if not is_ours or not isinstance(rank, int):
                 link.close()
                 continue
-            self.peers[rank] = Peer(rank, str(hello.get("host")), link)
+            self.peers[rank] = Peer(rank, str(hello.get("name")), link)
 
 
-def join(folder: Callable[[], Path], allocation: Allocation, timeout_s: float) -> Link:
+def join(folder: Callable[[], Path], node: Node, timeout_s: float) -> Link:
     """The link to node 0.
 
     Raises:
@@ -171,7 +171,7 @@ def join(folder: Callable[[], Path], allocation: Allocation, timeout_s: float) -
     deadline = time.monotonic() + timeout_s
     problem = ""
     while time.monotonic() < deadline:
-        file = _meeting_file(folder(), allocation)
+        file = _meeting_file(folder(), node)
         try:
             # Listing the folder makes a network file system look again.
             os.listdir(file.parent)
@@ -192,8 +192,8 @@ def join(folder: Callable[[], Path], allocation: Allocation, timeout_s: float) -
                 problem = f"node 0 cannot be reached at {address}: {error.strerror or error}"
                 continue
             link = Link(connection)
-            hello = {"token": meeting["token"], "rank": allocation.rank}
-            link.send({**hello, "host": socket.gethostname()})
+            hello = {"token": meeting["token"], "rank": node.index}
+            link.send({**hello, "name": node.name})
             return link
         time.sleep(_POLL_S)
     raise DeadlineError(f"{problem} (doctor.nodes_timeout_s={timeout_s:g})")

@@ -1,13 +1,13 @@
-"""The doctors of an allocation together: who came, clocks, collectives, one report at node 0."""
+"""The doctors of an node together: who came, clocks, collectives, one report at node 0."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-from megatron_matpo.doctor.allocation import Allocation
+from megatron_matpo.doctor.allocation import Node
 from megatron_matpo.doctor.disk import standing
 from megatron_matpo.doctor.groups import Outcome, as_message, rank_settings, report, run_ranks
 from megatron_matpo.doctor.lines import Line, Site
@@ -21,19 +21,22 @@ Clock = Callable[[], float]
 OwnChecks = Callable[[], list[Line]]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a node knows at the end: node 0 everything, the others whether the run may start."""
-
-    lines: list[Line]
-    has_failed: bool
-    is_reporter: bool
-    """Whether this node prints."""
+NOT_THIS_NODE = 3
+"""Exit code of a node that is well itself, while another one is not, or nobody is to blame."""
+Show = Callable[[list[Line]], None]
 
 
-def has_failed(lines: list[Line]) -> bool:
-    """Whether any line is a failure."""
-    return any(line.status == "fail" for line in lines)
+def label_of(node: Node) -> str:
+    """As `Line.node`."""
+    return f"{node.index} ({node.name})" if node.count > 1 else ""
+
+
+def exit_code(lines: list[Line], node: int, count: int) -> int:
+    """1 if the node has failed, 3 if only another one has; then the job must not start either."""
+    failed = [line for line in lines if line.status == "fail"]
+    if not failed:
+        return 0
+    return 1 if count == 1 or any(line.node_index == node for line in failed) else NOT_THIS_NODE
 
 
 def check_alone(site: Site) -> list[Line]:
@@ -43,36 +46,41 @@ def check_alone(site: Site) -> list[Line]:
     return report(site, [run_ranks(site, "", "127.0.0.1", settings)])
 
 
-def lead(site: Site, allocation: Allocation, own_checks: OwnChecks, clock: Clock) -> Verdict:
-    """Node 0: wait for the others, ask them, and judge."""
+def lead(site: Site, node: Node, own_checks: OwnChecks, clock: Clock, show: Show) -> int:
+    """Node 0: wait for the others, ask them, judge, and report before anybody leaves.
+
+    The first node that leaves with an error makes `srun --kill-on-bad-exit` end all others.
+    """
     doctor = site.config.doctor
     folder = standing(site.config.run.dir)
     try:
-        host = Host(folder, allocation, own_addresses(site.config))
+        host = Host(folder, node, own_addresses(site.config))
     except OSError as error:
         seen = f"cannot write to {folder}: {error.strerror or error}"
-        return Verdict([Line("nodes.meeting", "fail", seen, "set run.dir")], True, True)
+        show([Line("nodes.meeting", "fail", seen, "set run.dir", label_of(node))])
+        return 1
     with host, ThreadPoolExecutor(1) as pool:
         coming = pool.submit(host.gather, doctor.nodes_timeout_s)
-        own = own_checks()
+        lines = own_checks()
         coming.result()
-        missing = sorted(set(range(1, allocation.num_nodes)) - set(host.peers))
-        lines = [*own, *_meeting_lines(site, allocation, missing)]
+        missing = sorted(set(range(1, node.count)) - set(host.peers))
+        lines += _meeting_lines(site, node, missing)
         lines += _ask_lines(site, host)
         lines += _clock_lines(site, host, clock)
-        if len(host.peers) < allocation.num_nodes - 1:
+        if len(host.peers) < node.count - 1:
             seen = "not all nodes are there"
             names = ("nodes.allreduce", "nodes.weight_sync")
             lines += [Line(name, "skipped", seen) for name in names]
         else:
-            lines += _collective_lines(site, allocation, host)
-        failed = has_failed(lines)
+            lines += _collective_lines(site, node, host)
+        show(lines)
         for peer in host.peers.values():
-            _ask(peer, {"do": "end", "has_failed": failed}, doctor.nodes_timeout_s)
-        return Verdict(lines, failed, True)
+            code = exit_code(lines, peer.rank, node.count)
+            _ask(peer, {"do": "end", "code": code}, doctor.nodes_timeout_s)
+    return exit_code(lines, 0, node.count)
 
 
-def _meeting_lines(site: Site, allocation: Allocation, missing: list[int]) -> list[Line]:
+def _meeting_lines(site: Site, node: Node, missing: list[int]) -> list[Line]:
     name, limit = "nodes.meeting", site.config.doctor.nodes_timeout_s
     fix = (
         "see the end of that node's own output; run.dir must be one folder that all nodes share, "
@@ -80,10 +88,10 @@ def _meeting_lines(site: Site, allocation: Allocation, missing: list[int]) -> li
     )
     if missing:
         return [
-            Line(name, "fail", f"node {rank} did not come in {limit:g} s", fix) for rank in missing
+            Line(name, "fail", f"did not come in {limit:g} s", fix, str(rank)) for rank in missing
         ]
     folder = standing(site.config.run.dir)
-    return [Line(name, "pass", f"{allocation.num_nodes} nodes met in {folder}")]
+    return [Line(name, "pass", f"{node.count} nodes met in {folder}")]
 
 
 def _ask(peer: Peer, message: Message, timeout_s: float) -> Message | PeerLostError:
@@ -101,8 +109,9 @@ def _ask_lines(site: Site, host: Host) -> list[Line]:
     for peer in list(host.peers.values()):
         answer = _ask(peer, {"do": "lines"}, doctor.check_timeout_s + doctor.nodes_timeout_s)
         if isinstance(answer, PeerLostError):
-            seen = f"node {peer.label} came, and then: {answer}"
-            lines.append(Line("nodes.meeting", "fail", seen, "see the end of its own output"))
+            fix = "see the end of its own output"
+            seen = f"came, and then: {answer}"
+            lines.append(Line("nodes.meeting", "fail", seen, fix, peer.label))
             host.peers.pop(peer.rank).link.close()
         else:
             lines += [Line(**item) for item in answer["lines"]]
@@ -128,7 +137,7 @@ def _clock_lines(site: Site, host: Host, clock: Clock) -> list[Line]:
     far = {label: offset for label, offset in offsets.items() if abs(offset) > limit}
     if far:
         return [
-            Line(name, "warn", f"node {label} is {offset:+.2f} s from node 0", fix)
+            Line(name, "warn", f"its clock is {offset:+.2f} s from node 0's", fix, label)
             for label, offset in far.items()
         ]
     if not offsets:
@@ -136,7 +145,7 @@ def _clock_lines(site: Site, host: Host, clock: Clock) -> list[Line]:
     return [Line(name, "pass", f"within {max(map(abs, offsets.values())):.3f} s of node 0")]
 
 
-def _collective_lines(site: Site, allocation: Allocation, host: Host) -> list[Line]:
+def _collective_lines(site: Site, node: Node, host: Host) -> list[Line]:
     doctor = site.config.doctor
     peers = list(host.peers.values())
     master = peers[0].link.own_address
@@ -151,7 +160,7 @@ def _collective_lines(site: Site, allocation: Allocation, host: Host) -> list[Li
         except PeerLostError as error:
             outcomes.append(Outcome(peer.label, "lost", str(error)))
     own = rank_settings(site, 0, master, ports)
-    outcomes.append(run_ranks(site, allocation.label, master, own))
+    outcomes.append(run_ranks(site, label_of(node), master, own))
     for peer in asked:
         try:
             # All started at the same moment, so that their deadlines have passed with ours.
@@ -162,36 +171,33 @@ def _collective_lines(site: Site, allocation: Allocation, host: Host) -> list[Li
     return report(site, outcomes)
 
 
-def follow(site: Site, allocation: Allocation, own_checks: OwnChecks, clock: Clock) -> Verdict:
-    """Any other node: come, look at itself, and answer until node 0 has done."""
+def follow(site: Site, node: Node, own_checks: OwnChecks, clock: Clock, show: Show) -> int:
+    """Any other node: come, look at itself, and answer until node 0 has done.
+
+    It shows only what node 0 will not: that it did not come there, or was left alone.
+    """
     doctor = site.config.doctor
     try:
-        link = join(lambda: standing(site.config.run.dir), allocation, doctor.nodes_timeout_s)
+        link = join(lambda: standing(site.config.run.dir), node, doctor.nodes_timeout_s)
     except (DeadlineError, PeerLostError) as error:
         fix = "set run.dir to a folder that all nodes share; name their network (net.interface)"
-        return Verdict(
-            [Line("nodes.meeting", "fail", str(error), fix, allocation.label)], True, True
-        )
+        show([Line("nodes.meeting", "fail", str(error), fix, label_of(node))])
+        return 1
     patience_s = doctor.nodes_timeout_s + doctor.check_timeout_s + doctor.collective_timeout_s
-    lines = own_checks()
     try:
-        return Verdict(lines, _serve(site, allocation, link, lines, clock, patience_s), False)
+        lines = own_checks()
+        return _serve(site, node, link, lines, clock, patience_s)
     except PeerLostError as error:
-        line = Line("nodes.meeting", "fail", f"node 0: {error}", "see node 0", allocation.label)
-        return Verdict([*lines, line], True, True)
+        show([Line("nodes.meeting", "fail", f"node 0: {error}", "see its own output")])
+        return NOT_THIS_NODE
     finally:
         link.close()
 
 
 def _serve(
-    site: Site,
-    allocation: Allocation,
-    link: Link,
-    lines: list[Line],
-    clock: Clock,
-    patience_s: float,
-) -> bool:
-    """Answer node 0; returns whether anything has failed anywhere."""
+    site: Site, node: Node, link: Link, lines: list[Line], clock: Clock, patience_s: float
+) -> int:
+    """Answer node 0 until it says with which code to end."""
     while True:
         message = link.receive(patience_s)
         answer: dict[str, Any] = {}
@@ -201,10 +207,9 @@ def _serve(
             case "time":
                 answer = {"time": clock()}
             case "ranks":
-                answer = as_message(
-                    run_ranks(site, allocation.label, link.own_address, message["ranks"])
-                )
+                ranks = message["ranks"]
+                answer = as_message(run_ranks(site, label_of(node), link.own_address, ranks))
             case _:
                 link.send({})
-                return bool(message.get("has_failed", True))
+                return int(message.get("code", NOT_THIS_NODE))
         link.send(answer)

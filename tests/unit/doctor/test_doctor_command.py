@@ -15,11 +15,12 @@ import pytest
 
 from megatron_matpo.config.doctor import DoctorConfig
 from megatron_matpo.doctor import command
-from megatron_matpo.doctor.allocation import Allocation, read_allocation
+from megatron_matpo.doctor.allocation import Node, this_node
 from megatron_matpo.doctor.catalogue import CHECKS, NODE_CHECKS, table
 from megatron_matpo.doctor.child import ask, ask_python
 from megatron_matpo.doctor.command import Request, doctor, read_site, run_checks
 from megatron_matpo.doctor.lines import Check, Line
+from megatron_matpo.doctor.nodes import exit_code
 from megatron_matpo.doctor.text import as_text, redact
 from megatron_matpo.errors import ConfigError
 from tests.helpers.doctor_site import site_of
@@ -186,18 +187,26 @@ def test_a_childs_words_count_until_it_dies():
     assert ask(["/nowhere/x"], 1.0).problem == "/nowhere/x: No such file or directory"
 
 
-def test_the_allocation_is_read_from_a_step_not_from_a_job():
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "0"}
-    assert read_allocation(job) == Allocation()
+def test_the_node_is_read_from_a_step_not_from_a_job():
+    job = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}
+    assert this_node({**job, "SLURM_JOB_NUM_NODES": "2"}) == Node(0, 1, "local", "n1")
     step = {**job, "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
-    assert read_allocation(step) == Allocation(1, 2, "7-0-3")
-    assert read_allocation({**step, "SLURM_RESTART_COUNT": "2"}).launch_id == "7-2-3"
+    assert this_node(step) == Node(1, 2, "7.3.0", "n1")
+    assert this_node({**step, "SLURM_RESTART_COUNT": "2"}).launch_id == "7.3.2"
     own = {"MATPO_NODE_RANK": "1", "MATPO_NUM_NODES": "4", "MATPO_LAUNCH_ID": "a/../b"}
-    assert read_allocation({**step, **own}) == Allocation(1, 4, "a____b")
+    assert this_node({**step, **own}) == Node(1, 4, "a_.._b", "n1")
     with pytest.raises(ConfigError, match=r"MATPO_NODE_RANK=4: must be less"):
-        read_allocation({**own, "MATPO_NODE_RANK": "4"})
+        this_node({**own, "MATPO_NODE_RANK": "4"})
     with pytest.raises(ConfigError, match=r"MATPO_NODE_RANK=: expected a number"):
-        read_allocation({"MATPO_NUM_NODES": "4"})
+        this_node({"MATPO_NUM_NODES": "4"})
+
+
+def test_the_exit_code_says_whether_this_node_is_to_blame():
+    lines = [Line("a", "fail", "", node="2 (c)"), Line("b", "warn", "", node="0 (a)")]
+    assert [exit_code(lines, node, 3) for node in range(3)] == [3, 3, 1]
+    assert exit_code([Line("a", "fail", "about all")], 0, 3) == 3
+    assert exit_code([Line("a", "fail", "")], 0, 1) == 1
+    assert exit_code(lines[1:], 0, 3) == 0
 
 
 def test_the_documents_table_is_that_of_the_code():

@@ -150,8 +150,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "disk.file_system",
-        "type of the run folder's file system; warn: a local one, with several nodes",
-        "`run.dir=` on a file system that all nodes share",
+        "type of the run folder's file system; warn: the cache of replies (SQLite) is on a network "
+        "file system",
+        "`tools.cache.path=` on a disk of the first node",
         check_file_system,
     ),
     Check(

@@ -16,7 +16,7 @@ from megatron_matpo.errors import ConfigError
 from megatron_matpo.planning.parameters import total_parameters
 from megatron_matpo.planning.shape import job_of
 
-_LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "overlay", "ramfs")
+_NETWORK = ("nfs", "lustre", "gpfs", "beegfs", "ceph", "cifs", "smb", "fuse", "weka", "panfs", "9p")
 _MIN_SHM_PER_GPU = 2**30
 """NCCL and data loaders; docker's default is 64 MiB in all.
 Source: docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html, shared memory."""
@@ -140,14 +140,23 @@ def file_system_of(folder: Path, mounts: str) -> str:
 
 
 def check_file_system(site: Site) -> list[Line]:
-    """`disk.file_system`: several nodes need one that they share; SQLite needs a local one."""
-    name = "disk.file_system"
+    """`disk.file_system`: what kind the run folder is on; a cache in SQLite needs a local one."""
+    name, cache = "disk.file_system", site.config.tools.cache
+    mounts = (site.root / "proc/mounts").read_text()
     folder = standing(site.config.run_dir)
-    kind = file_system_of(folder.resolve(), (site.root / "proc/mounts").read_text())
-    if site.num_nodes > 1 and kind in _LOCAL:
-        fix = "set run.dir to a folder that all nodes share (nodes.meeting proves it)"
-        return [Line(name, "warn", f"{folder} is on {kind}, which looks local", fix)]
-    return [Line(name, "pass", f"{folder} is on {kind or 'an unknown file system'}")]
+    seen = f"{folder} is on {_kind(folder, mounts)}"
+    if cache.mode == "read_write":
+        place = standing(os.path.dirname(cache.path)) if cache.path else folder
+        if _kind(place, mounts).startswith(_NETWORK):
+            seen += (
+                f"; the cache of replies in {place} locks its file, which network disks do badly"
+            )
+            return [Line(name, "warn", seen, "tools.cache.path=FILE on a disk of the first node")]
+    return [Line(name, "pass", seen)]
+
+
+def _kind(folder: Path, mounts: str) -> str:
+    return file_system_of(folder.resolve(), mounts) or "an unknown file system"
 
 
 def check_shared_memory(site: Site) -> list[Line]:

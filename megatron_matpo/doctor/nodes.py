@@ -13,7 +13,7 @@ from megatron_matpo.doctor.groups import Outcome, as_message, rank_settings, rep
 from megatron_matpo.doctor.lines import Line, Site
 from megatron_matpo.doctor.meeting import Host, Link, Message, Peer, PeerLostError, join
 from megatron_matpo.doctor.network import own_addresses
-from megatron_matpo.errors import DeadlineError
+from megatron_matpo.errors import ConfigError, DeadlineError
 from megatron_matpo.launch.ports import free_ports
 
 _NUM_PINGS = 5
@@ -32,10 +32,15 @@ def label_of(node: Node) -> str:
 
 
 def exit_code(lines: list[Line], node: int, count: int) -> int:
-    """1 if the node has failed, 3 if only another one has; then the job must not start either."""
+    """1 if the node has failed, 3 if only another one has; then the job must not start either.
+
+    A wrong recipe is 2, as for all commands: neither another node nor another attempt helps.
+    """
     failed = [line for line in lines if line.status == "fail"]
     if not failed:
         return 0
+    if any(line.name == "recipe" for line in failed):
+        return ConfigError.exit_code
     return 1 if count == 1 or any(line.node_index == node for line in failed) else NOT_THIS_NODE
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from megatron_matpo.doctor.lines import Line
 
 _ORDER = {"fail": 0, "warn": 1, "pass": 2, "skipped": 3}
+_MAX_NODES = 3
 
 
 def redact(text: str, secrets: Sequence[str]) -> str:
@@ -38,37 +39,37 @@ def summary(lines: Sequence[Line]) -> str:
 def as_text(lines: Sequence[Line], *, is_brief: bool) -> str:
     """Lines as columns, then the summary; `is_brief` leaves out those that are well.
 
-    What passes on several nodes is one line, that of the first node.
+    What several nodes say is one line, that of the first.
     """
-    shown = (
-        [line for line in lines if line.status in ("fail", "warn")] if is_brief else _merged(lines)
-    )
+    shown = _merged([line for line in lines if not is_brief or _is_ill(line)])
     width = max((len(line.name) for line in shown), default=0)
     rows: list[str] = []
     for line in shown:
         node = f"node {line.node}: " if line.node else ""
         rows.append(f"{line.status:7}  {line.name:{width}}  {node}{line.seen}")
-        if line.fix and line.status in ("fail", "warn"):
+        if line.fix and _is_ill(line):
             rows.append(f"{'':7}  {'':{width}}  -> {line.fix}")
     return "\n".join([*rows, summary(lines)]) + "\n"
 
 
+def _is_ill(line: Line) -> bool:
+    return line.status in ("fail", "warn")
+
+
 def _merged(lines: Sequence[Line]) -> list[Line]:
-    """One line for each check that passes on several nodes; all others as they are."""
-    merged: list[Line] = []
-    firsts: dict[str, int] = {}
-    num_more: dict[str, int] = {}
+    """One line for what several nodes say; figures may differ where all is well."""
+    groups: dict[tuple[str, ...], list[Line]] = {}
     for line in lines:
-        is_well = line.status not in ("fail", "warn") and line.node != ""
-        if is_well and line.name in firsts:
-            num_more[line.name] = num_more.get(line.name, 0) + 1
-            continue
-        if is_well:
-            firsts[line.name] = len(merged)
-        merged.append(line)
-    for name, count in num_more.items():
-        first = merged[firsts[name]]
-        merged[firsts[name]] = Line(
-            name, first.status, f"{first.seen} (and {count} more nodes)", node=first.node
-        )
-    return merged
+        key = (line.name, line.status, *((line.seen, line.fix) if _is_ill(line) else ()))
+        # Without a node: not what several say, but several lines of one check.
+        groups.setdefault(key if line.node else (*key, str(id(line))), []).append(line)
+    return [
+        replace(group[0], node=_nodes([line.node for line in group])) for group in groups.values()
+    ]
+
+
+def _nodes(nodes: list[str]) -> str:
+    """`0 (a)`, or `0 (a), 1 (b) and 14 more`."""
+    named = list(dict.fromkeys(nodes))
+    more = f" and {len(named) - _MAX_NODES} more" if len(named) > _MAX_NODES else ""
+    return ", ".join(named[:_MAX_NODES]) + more

@@ -50,7 +50,8 @@ def test_a_failure_is_exit_code_1_and_json_has_it_without_the_keys(tmp_path):
     code = "import os, sys; sys.exit('who is ' + os.environ['SERPER_API_KEY'])"
     servers = {"s": {"command": "python", "args": ["-c", code], "env_from": ["SERPER_API_KEY"]}}
     judge = {"grader": "judge", "judge": {"base_url": f"http://127.0.0.1:9/{KEY}"}}
-    recipe.write_text(json.dumps({"tools": {"servers": servers}, "reward": judge}))
+    content = {"base": QUICKSTART, "tools": {"servers": servers}, "reward": judge}
+    recipe.write_text(json.dumps(content))
     arguments = ["--preflight", str(recipe), f"run.dir={tmp_path}"]
     keys = {"SERPER_API_KEY": KEY, "OPENAI_API_KEY": KEY}
     done = matpo("--json", *arguments, **keys)
@@ -63,7 +64,7 @@ def test_a_failure_is_exit_code_1_and_json_has_it_without_the_keys(tmp_path):
     assert set(lines["keys"]) == {"name", "status", "seen", "fix", "node"}
     text = matpo(*arguments, **keys)
     assert text.returncode == 1
-    assert "FAILED" in text.stdout and "recipe " in text.stdout
+    assert "doctor: " in text.stdout and "2 FAILED" in text.stdout
     assert KEY not in done.stdout + done.stderr + text.stdout + text.stderr
 
 
@@ -71,6 +72,9 @@ def test_what_cannot_be_read_at_all_is_exit_code_2(tmp_path):
     done = matpo("--preflight", str(tmp_path / "none.yaml"))
     assert done.returncode == 2
     assert "no such recipe file" in done.stderr
+    done = matpo("--preflight", QUICKSTART, "run.steps=0", f"run.dir={tmp_path}")
+    assert done.returncode == 2
+    assert "run.steps=0: must be at least 1" in done.stdout
     with pytest.raises(ConfigError, match=r"doctor\.disk_test_mib=0"):
         read_site(Request(overrides=("doctor.disk_test_mib=0",)))
 
@@ -158,11 +162,16 @@ def test_one_line_stands_for_what_passes_on_all_nodes():
         Line("gpu.driver", "fail", "none", "repair", node="2 (c)"),
     ]
     text = as_text(lines, is_brief=False).splitlines()
-    assert text[0].split(maxsplit=2)[2] == "node 0 (a): 580 (and 1 more nodes)"
+    assert text[0].split(maxsplit=2)[2] == "node 0 (a), 1 (b): 580"
     assert text[1].split(maxsplit=2)[2] == "node 2 (c): none"
     assert text[2].split() == ["->", "repair"]
     assert text[3] == "doctor: 2 passed, 1 FAILED"
     assert as_text(lines[:2], is_brief=True) == "doctor: 2 passed\n"
+    same = [Line("disk.shm", "warn", "64 MB", "more", node=f"{i} (n)") for i in range(5)]
+    same.append(Line("disk.shm", "warn", "32 MB", "more", node="5 (n)"))
+    text = as_text(same, is_brief=True).splitlines()
+    assert text[0].split(maxsplit=2)[2] == "node 0 (n), 1 (n), 2 (n) and 2 more: 64 MB"
+    assert text[2].split(maxsplit=2)[2] == "node 5 (n): 32 MB"
 
 
 def test_redaction_takes_longer_secrets_first():
@@ -207,6 +216,11 @@ def test_the_exit_code_says_whether_this_node_is_to_blame():
     assert exit_code([Line("a", "fail", "about all")], 0, 3) == 3
     assert exit_code([Line("a", "fail", "")], 0, 1) == 1
     assert exit_code(lines[1:], 0, 3) == 0
+
+
+def test_a_wrong_recipe_is_the_exit_code_of_a_wrong_configuration():
+    lines = [Line("recipe", "fail", "", node="1 (b)"), Line("a", "fail", "", node="1 (b)")]
+    assert [exit_code(lines, node, 2) for node in range(2)] == [2, 2]
 
 
 def test_the_documents_table_is_that_of_the_code():

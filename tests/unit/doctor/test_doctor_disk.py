@@ -15,6 +15,7 @@ import pytest
 from megatron_matpo.config.doctor import DoctorConfig
 from megatron_matpo.config.lora import LoraConfig
 from megatron_matpo.config.rollout import RolloutConfig
+from megatron_matpo.config.tools import CacheConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
 from megatron_matpo.doctor import disk
 from megatron_matpo.doctor.disk import (
@@ -127,16 +128,20 @@ def test_the_innermost_mount_decides():
     assert file_system_of(Path("/home"), MOUNTS) == "overlay"
 
 
-def test_several_nodes_on_a_local_file_system_are_a_warning(tmp_path):
+def test_a_cache_on_a_network_file_system_is_a_warning(tmp_path):
     root = tmp_path / "fake_root"
     (root / "proc").mkdir(parents=True)
-    (root / "proc/mounts").write_text("overlay / overlay rw 0 0\n")
-    line = only(check_file_system(site_of(tmp_path, num_nodes=2, root=root)))
-    assert (line.status, "overlay" in line.seen) == ("warn", True)
+    mounts = root / "proc/mounts"
+    mounts.write_text("server:/x / lustre rw 0 0\n")
+    tools = ToolsConfig(cache=CacheConfig(mode="read_write"))
+    line = only(check_file_system(site_of(tmp_path, root=root, tools=tools)))
+    assert (line.status, "is on lustre" in line.seen) == ("warn", True)
     assert only(check_file_system(site_of(tmp_path, root=root))).status == "pass"
-    (root / "proc/mounts").write_text("server:/x / lustre rw 0 0\n")
-    assert only(check_file_system(site_of(tmp_path, num_nodes=2, root=root))).status == "pass"
-    assert only(check_file_system(site_of(tmp_path))).status == "pass"
+    mounts.write_text(f"server:/x / lustre rw 0 0\n/dev/sda {tmp_path}/local ext4 rw 0 0\n")
+    (tmp_path / "local").mkdir()
+    here = ToolsConfig(cache=CacheConfig(mode="read_write", path=f"{tmp_path}/local/c.sqlite"))
+    assert only(check_file_system(site_of(tmp_path, root=root, tools=here))).status == "pass"
+    assert only(check_file_system(site_of(tmp_path, tools=tools))).status == "pass"
 
 
 def test_shared_memory_of_a_container_is_too_little_for_gpus(tmp_path, monkeypatch):

@@ -49,7 +49,8 @@ def test_a_failure_is_exit_code_1_and_json_has_it_without_the_keys(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     code = "import os, sys; sys.exit('who is ' + os.environ['SERPER_API_KEY'])"
     servers = {"s": {"command": "python", "args": ["-c", code], "env_from": ["SERPER_API_KEY"]}}
-    judge = {"grader": "judge", "judge": {"base_url": f"http://127.0.0.1:9/{KEY}"}}
+    settings = {"base_url": f"http://127.0.0.1:9/{KEY}", "deadline_s": 100}
+    judge = {"grader": "judge", "judge": settings}
     content = {"base": QUICKSTART, "tools": {"servers": servers}, "reward": judge}
     recipe.write_text(json.dumps(content))
     arguments = ["--preflight", str(recipe), f"run.dir={tmp_path}"]

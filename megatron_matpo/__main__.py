@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_launch(commands)
     _add_logs(commands)
+
+    _add_doctor(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -168,6 +170,22 @@ def _add_logs(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     command.add_argument("-n", "--lines", type=int, default=-1, metavar="N", help="the last N only")
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser("doctor", help="check what a run needs of the machines")
+    command.add_argument("recipe", nargs="?", default="", help="YAML file; without: the machine")
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    mode = command.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--preflight",
+        action="store_true",
+        help="before a job: quick checks, one line if all is well",
+    )
+    mode.add_argument(
+        "--build", action="store_true", help="of an image, where no GPU is: software only"
+    )
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -207,6 +225,9 @@ def _dispatch(options: argparse.Namespace) -> int:
             return _launched(options)
         case "logs":
             return _followed(options)
+
+        case "doctor":
+            return _doctor(options)
         case "data":
             return run_data(options)
         case "report":
@@ -272,6 +293,16 @@ def _followed(options: argparse.Namespace) -> int:
             lines=options.lines,
         )
     )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from megatron_matpo.doctor.command import Request, doctor
+
+    recipe, overrides = options.recipe, list(options.overrides)
+    if _OVERRIDE.match(recipe):  # `matpo doctor cluster.gpus_per_node=8`
+        recipe, overrides = "", [recipe, *overrides]
+    mode = "preflight" if options.preflight else "build" if options.build else "full"
+    return doctor(Request(recipe, tuple(overrides), mode, options.json))
 
 
 if __name__ == "__main__":

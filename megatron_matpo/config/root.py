@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.algo import AlgoConfig
 from megatron_matpo.config.data import DataConfig
+from megatron_matpo.config.doctor import DoctorConfig
 from megatron_matpo.config.evaluation import EvalConfig
 from megatron_matpo.config.fp8 import Fp8Config
 from megatron_matpo.config.lora import LoraConfig
@@ -54,6 +55,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     obs: ObsConfig = field(default_factory=ObsConfig)
     sft: SftConfig = field(default_factory=SftConfig)
+    doctor: DoctorConfig = field(default_factory=DoctorConfig)
 
     @property
     def run_dir(self) -> str:

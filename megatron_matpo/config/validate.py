@@ -105,6 +105,9 @@ _AT_LEAST: dict[str, float] = {
     "obs.report_every": 0,
     "sft.steps": 1,
     "sft.batch_size": 1,
+    "doctor.min_disk_mb_s": 0,
+    "doctor.min_allreduce_gb_s": 0,
+    "doctor.max_clock_skew_s": 0,
     **TRAIN_AT_LEAST,
 }
 # Dotted paths of values that must be greater than 0.
@@ -122,6 +125,11 @@ _POSITIVE = (
     "train.timeout_s",
     "weight_sync.timeout_s",
     "checkpoint.timeout_s",
+    "doctor.check_timeout_s",
+    "doctor.nodes_timeout_s",
+    "doctor.collective_timeout_s",
+    "doctor.disk_test_mib",
+    "doctor.allreduce_mib",
 )
 # Dotted path -> (low, high); both allowed unless the low one is None (then 0 is excluded).
 _BETWEEN: dict[str, tuple[float | None, float]] = {

@@ -47,6 +47,7 @@ CHANGEABLE = (
     "cluster.gpus_per_node",
     "checkpoint.*",
     "obs.*",
+    "doctor.*",
     "eval.*",
     "rollout.python",
     "rollout.num_servers",

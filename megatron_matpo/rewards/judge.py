@@ -89,7 +89,7 @@ class Judge:
         self._config = config
         self._cache = cache
         self._url = f"{config.base_url.rstrip('/')}/chat/completions"
-        self._proxy = _proxy_for(self._url)
+        self._proxy = proxy_for(self._url)
         self._gate = asyncio.Semaphore(config.max_concurrency)
         self._session: aiohttp.ClientSession | None = None
         self._resume_at = 0.0
@@ -266,7 +266,7 @@ class Judge:
         return " ".join(text.split())[:_SHOWN_CHARS]
 
 
-def _proxy_for(url: str) -> str | None:
+def proxy_for(url: str) -> str | None:
     """The environment's proxy (HTTPS_PROXY, NO_PROXY).
 
     aiohttp's own reading of it (`trust_env`) also takes passwords from ~/.netrc, which clash with

@@ -9,9 +9,18 @@ from torch.distributed import distributed_c10d as c10d
 
 
 def form_group(
-    *, host: str, port: int, world_size: int, backend: str, name: str, timeout_s: float
+    *,
+    host: str,
+    port: int,
+    world_size: int,
+    backend: str,
+    name: str,
+    timeout_s: float,
+    rank: int = 0,
 ) -> dist.ProcessGroup:
     """Join as rank 0 the group that the engines join as ranks 1.. (blocks until all are there).
+
+    `matpo doctor` joins as the other ranks, too, where there are no engines yet.
 
     `torch.distributed.new_group` cannot do this, because its members must share one world. The
     engines form their side with `tcp://host:port`, a store prefixed by the group's name and
@@ -26,11 +35,11 @@ def form_group(
     # torchrun's agent would have to serve.
     # torch.distributed does not re-export the class by name, though it is public.
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, world_size, is_master=True, timeout=timeout
+        host, port, world_size, is_master=rank == 0, timeout=timeout
     )
     group, _ = c10d._new_process_group_helper(
         world_size,
-        0,
+        rank,
         [],
         c10d.Backend(backend),
         c10d.PrefixStore(name, store),
@@ -39,5 +48,5 @@ def form_group(
     )
     # Collectives address ranks of the group itself: there is no enclosing world to translate from.
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
-    assert isinstance(group, dist.ProcessGroup), "rank 0 is a member"
+    assert isinstance(group, dist.ProcessGroup), "every rank that joins is a member"
     return group

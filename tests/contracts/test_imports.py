@@ -32,7 +32,7 @@ ORDER = [
         "mcp_tools",
         "rewards",
     ),
-    *("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch", "prepare"),
+    *("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch", "prepare", "doctor"),
     "__main__",
 ]
 RUNS = ("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch")
@@ -45,6 +45,7 @@ BANNED = {
     "planning": {"types", "wire"},
     "launch": {"trainer", "megatron", "weight_sync", "algo", "agents", "mcp_tools", "rewards"},
     "prepare": {*("obs", "algo", "rewards"), *RUNS},
+    "doctor": {*("algo", "data", "agents", "trainer", "megatron", "evaluation", "prepare")},
     "__main__": {"trainer", "megatron", "weight_sync", "rollout"},
 }
 # Of `rollout` the supervisor may know only how an engine is started.
@@ -52,7 +53,14 @@ LAUNCH_FROM_ROLLOUT = {"megatron_matpo.rollout.engine_command"}
 
 # Heavy package -> who may import it (packages, or single files).
 HEAVY = {
-    "torch": {"algo", "megatron", "weight_sync", "trainer", "launch/torchrun.py"},
+    "torch": {
+        "algo",
+        "megatron",
+        "weight_sync",
+        "trainer",
+        "launch/torchrun.py",
+        "doctor/collectives.py",
+    },
     "megatron": {"megatron"},
     "transformer_engine": {"megatron"},
     "safetensors": {"megatron"},

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     _add_plan(commands)
+    _add_simulate(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -132,6 +133,47 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
 
 
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "simulate", help="a training step in time, and in other placements, starting nothing"
+    )
+    command.add_argument("recipe", help="YAML file; model.path needs no more than a config.json")
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument(
+        "--rates", default="", metavar="FILE", help="what the machines do (default: by cluster.gpu)"
+    )
+    command.add_argument(
+        "--lengths",
+        default="",
+        metavar="FILE",
+        help="rollouts/step_N.jsonl, a run's folder, or distributions as YAML (default: assumed)",
+    )
+    command.add_argument(
+        "--from-run",
+        action="append",
+        default=[],
+        metavar="RUN_DIR",
+        help="rates and lengths of a run that was made; may be repeated",
+    )
+    command.add_argument(
+        "--fit-steps", default="", metavar="A-B", help="of those runs, use only these steps"
+    )
+    command.add_argument(
+        "--save-rates", default="", metavar="FILE", help="write the rates that were used"
+    )
+    command.add_argument(
+        "--staleness",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the asynchronous placement (default: the recipe's, at least 1)",
+    )
+    command.add_argument(
+        "--steps", type=int, default=2, metavar="N", help="steps to average over (default: 2)"
+    )
+
+
 def _dispatch(options: argparse.Namespace) -> int:
     match options.command:
         case "train" | "sft":
@@ -178,6 +220,8 @@ def _dispatch(options: argparse.Namespace) -> int:
             print(dump_config(load_recipe(options.recipe, options.overrides)), end="")
         case "plan":
             print(_planned(options), end="")
+        case "simulate":
+            print(_simulated(options), end="")
         case "data":
             return run_data(options)
         case "report":
@@ -198,6 +242,12 @@ def _planned(options: argparse.Namespace) -> str:
     known = Expectation(options.lengths, options.mean_tokens, options.workers)
     plan = make_run_plan(options.recipe, options.overrides, known)
     return as_json(plan) if options.json else as_text(plan)
+
+
+def _simulated(options: argparse.Namespace) -> str:
+    from megatron_matpo.simulation.main import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

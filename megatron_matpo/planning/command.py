@@ -62,8 +62,10 @@ _UNKNOWN = Gpu("unknown", 0.0, 312, 0, (8, 0), 400)
 """Stands in where only an order of layouts would need a GPU."""
 
 
-def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -> RunPlan:
-    """Reckon.
+def make_run_plan(
+    recipe: str, overrides: list[str], expectation: Expectation, *, proposals: bool = True
+) -> RunPlan:
+    """Reckon; other layouts are looked for only if `proposals` are wanted.
 
     Raises:
         ConfigError: the recipe is wrong, has no `model.path` with a `config.json`, or its layout
@@ -102,7 +104,9 @@ def make_run_plan(recipe: str, overrides: list[str], expectation: Expectation) -
         stages=stages,
         engine=engine,
         problems=tuple(_problems(config, job, own, gpu, engine)),
-        proposals=tuple(propose(job, site, workload, budget, updates)) if gpu else (),
+        proposals=(
+            tuple(propose(job, site, workload, budget, updates)) if gpu and proposals else ()
+        ),
     )
 
 

@@ -11,10 +11,11 @@ after another, with 8, 32 and 64 episodes per step. Two predictions, both by the
 * `later_steps`: rates and lengths from the first steps of the run with 64 episodes (its very first
   left out); predicted: its later steps.
 
-Each is the mean predicted over the mean measured time: of the whole step, of the collection of
+Each is the mean predicted over the median measured time: of the whole step, of the collection of
 episodes and of training. `predicted_over_measured` is that of the step, at the other concurrency.
 Steps are as the run's metrics have them (`time/step_s`); the first of each run warms up and counts
-nowhere. A busy machine shows as a ratio away from 1: the runs then differ among themselves.
+nowhere. On a busy machine the runs differ among themselves, and the ratio says nothing: `spread` is
+the slowest over the fastest step per sampled token of the run that is predicted.
 """
 
 from __future__ import annotations
@@ -66,9 +67,10 @@ def compare(request: Request, measured_in: Path, steps: range) -> dict[str, floa
         "rollout": (predicted.rollout_s, "time/collect_s"),
         "train": (predicted.train_s, "time/train_s"),
     }
-    result: dict[str, float] = {}
+    per_token = [line["time/step_s"] / line["tokens/sampled"] for line in lines]
+    result = {"spread": max(per_token) / min(per_token)}
     for name, (value, key) in pairs.items():
-        measured = statistics.fmean(line[key] for line in lines)
+        measured = statistics.median(line[key] for line in lines)
         result |= {
             f"{name}_predicted_s": value,
             f"{name}_measured_s": measured,
@@ -119,7 +121,7 @@ def main() -> None:
         print(json.dumps({"predicted_over_measured": ratio, **result}, indent=2))
         return
     for name, values in result.items():
-        print(name)
+        print(f"{name} (spread {values['spread']:.2f})")
         for key in ("step", "rollout", "train"):
             print(
                 f"  {key:<8} predicted {values[f'{key}_predicted_s']:.3f} s, measured "

@@ -32,6 +32,9 @@ from megatron_matpo.simulation.training import Trainer
 
 ASSUMED_LENGTHS = Path(__file__).parent / "lengths" / "matpo.yaml"
 
+_BUSY = 0.7
+"""From here on a queue is long most of the time."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -259,6 +262,7 @@ def _place(site: _Site, draw: Draw, request: Request) -> tuple[list[Outcome], li
             outcomes.insert(0 if site.is_colocated else len(outcomes), outcome)
             warnings += _memory_warnings(site, together)
     warnings += _deadline_warnings(config, outcomes)
+    warnings += _tool_warnings(outcomes)
     if site.rates.cache.prefix_hit == 1:
         warnings += _cache_warnings(site.kv_tokens, outcomes)
     return outcomes, warnings
@@ -274,6 +278,15 @@ def _memory_warnings(site: _Site, setup: Setup) -> list[str]:
     if not have or need <= have:
         return []
     return [f"colocated: the trainer needs {need / 2**30:.1f} GiB of {have / 2**30:.1f}"]
+
+
+def _tool_warnings(outcomes: Sequence[Outcome]) -> list[str]:
+    return [
+        f"{outcome.placement}: the tool servers' places are taken {100 * outcome.tools_busy:.0f} % "
+        "of a step; more of them (tools.servers.*.max_concurrency) would shorten it"
+        for outcome in outcomes
+        if outcome.tools_busy > _BUSY
+    ]
 
 
 def _cache_warnings(kv_tokens: int, outcomes: Sequence[Outcome]) -> list[str]:

@@ -82,6 +82,8 @@ class Outcome:
     engines_busy: float
     """Share of a step in which engines prefill or decode, on average over the engines' devices."""
     trainer_busy: float
+    tools_busy: float
+    """Share of a step in which a place at the tool servers is taken, on average over the places."""
     tokens_per_s: float
     """Sampled."""
     tokens_per_s_device: float
@@ -106,7 +108,7 @@ def _in_turns(setup: Setup, draw: Draw, num_steps: int, name: str, switch_s: flo
     spans: list[float] = []
     phases: list[Phases] = []
     busy: list[float] = []
-    tokens = 0
+    tools_s = tokens = 0.0
     for step in range(1, num_steps + 1):
         episodes, judge_s = draw(step)
         rollout = run_step(setup.fleet, episodes, judge_s)
@@ -114,13 +116,14 @@ def _in_turns(setup: Setup, draw: Draw, num_steps: int, name: str, switch_s: flo
         times.append(rollout_times(rollout))
         phases.append(setup.trainer.phases(episodes, colocated=name == COLOCATED))
         busy.append(_busy_s(rollout.usages))
+        tools_s += rollout.tools.busy_s
         tokens += sum(agent.num_sampled for agent in all_agents(episodes))
     mean = _mean_phases(phases)
     rollout_s = sum(spans) / num_steps
     step_s = rollout_s + mean.total_s + switch_s
     return _outcome(
         setup, name, step_s, rollout_s, mean, switch_s, _mean_times(times),
-        engines_s=sum(busy) / num_steps, tokens=tokens / num_steps,
+        engines_s=sum(busy) / num_steps, tools_s=tools_s / num_steps, tokens=tokens / num_steps,
     )  # fmt: skip
 
 
@@ -134,6 +137,7 @@ def _outcome(
     times: RolloutTimes | None,
     *,
     engines_s: float,
+    tools_s: float,
     tokens: float,
 ) -> Outcome:
     return Outcome(
@@ -149,6 +153,7 @@ def _outcome(
         rollout=times,
         engines_busy=engines_s / step_s,
         trainer_busy=(phases.score_s + phases.train_s) / step_s,
+        tools_busy=tools_s / step_s / setup.fleet.tool_slots,
         tokens_per_s=tokens / step_s,
         tokens_per_s_device=tokens / step_s / setup.num_devices,
         num_engines=setup.fleet.num_engines,
@@ -219,6 +224,8 @@ class _Pipeline:
         """Time of every push's end."""
         self.busy: list[float] = []
         """Seconds of the engines up to then, on average."""
+        self.tools_s: list[float] = []
+        """Seconds of calls up to then, over all places."""
         self.phases: dict[int, Phases] = {}
         self.tokens: dict[int, int] = {}
 
@@ -253,6 +260,7 @@ class _Pipeline:
     def _end_push(self, now: float) -> None:
         self.pushed.append(now)
         self.busy.append(_busy_s(self.rollout.usages))
+        self.tools_s.append(self.rollout.tools.busy_s)
         self._is_training = False
         following = self._next + 1 + self._staleness
         self._next += 1
@@ -281,5 +289,6 @@ def asynchronous(setup: Setup, draw: Draw, num_steps: int, staleness: int) -> Ou
     return _outcome(
         setup, ASYNCHRONOUS, step_s, max(0.0, step_s - mean.total_s), mean, 0.0, None,
         engines_s=busy / num_steps,
+        tools_s=(pipeline.tools_s[last - 1] - pipeline.tools_s[first - 1]) / num_steps,
         tokens=sum(pipeline.tokens[step] for step in counted) / num_steps,
     )  # fmt: skip

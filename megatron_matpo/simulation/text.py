@@ -61,15 +61,16 @@ def _table(simulation: Simulation) -> list[str]:
     """One row per placement, the recipe's own marked."""
     head = "".join(f"{name:>9}" for name, _ in _COLUMNS)
     lines = [
-        f"{'':<16}{head}{'engines':>9}{'trainer':>9}{'tokens/s':>10}",
-        f"{'':<16}{'':<{9 * len(_COLUMNS)}}{'busy':>9}{'busy':>9}{'/device':>10}",
+        f"{'':<16}{head}{'engines':>9}{'trainer':>9}{'tools':>7}{'tokens/s':>10}",
+        f"{'':<16}{'':<{9 * len(_COLUMNS)}}{'busy':>9}{'busy':>9}{'busy':>7}{'/device':>10}",
     ]
     for index, outcome in enumerate(simulation.outcomes):
         values = "".join(f"{_seconds(getattr(outcome, key)):>9}" for _, key in _COLUMNS)
         mark = "* " if index == 0 else "  "
         lines.append(
             f"{mark}{outcome.placement:<14}{values}{100 * outcome.engines_busy:>8.0f}%"
-            f"{100 * outcome.trainer_busy:>8.0f}%{outcome.tokens_per_s_device:>10.1f}"
+            f"{100 * outcome.trainer_busy:>8.0f}%{100 * outcome.tools_busy:>6.0f}%"
+            f"{outcome.tokens_per_s_device:>10.1f}"
         )
     return [
         *lines,

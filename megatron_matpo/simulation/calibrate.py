@@ -18,16 +18,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_matpo.config import Config
-from megatron_matpo.config.flops import Shape, training_flops
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.load import load_resolved
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.planning.shape import job_of
 from megatron_matpo.simulation.engine import EngineRates
 from megatron_matpo.simulation.episodes import all_agents
 from megatron_matpo.simulation.fit import line, minimise
 from megatron_matpo.simulation.rates import MeasuredEngine, MoveRates, Rates, TrainRates
 from megatron_matpo.simulation.records import RecordedEpisode, RecordedStep, read_run
 from megatron_matpo.simulation.rollout import Fleet, run_step
+from megatron_matpo.simulation.training import Trainer
 
 _MAX_STEPS = 3
 """Of each run that the engine is fitted to; more take longer and change little."""
@@ -65,8 +66,13 @@ def calibrate(run_dirs: Sequence[str], steps: tuple[int, int] | None = None) -> 
         ConfigError: a folder is no run, has no such step, or the runs have different models.
     """
     runs = [_read(run_dir, steps) for run_dir in run_dirs]
-    if len({run.config.model.path for run in runs}) > 1:
-        raise ConfigError("--from-run: the runs have different models")
+    machines = {
+        (run.config.model.path, run.config.cluster.gpu, run.config.rollout.tensor) for run in runs
+    }
+    if len(machines) > 1:
+        raise ConfigError(
+            "--from-run: the runs differ in model.path, cluster.gpu or rollout.tensor"
+        )
     fitted, loss = _fit_engine(runs)
     config = runs[0].config
     used = [step for run in runs for step in run.steps]
@@ -80,8 +86,9 @@ def calibrate(run_dirs: Sequence[str], steps: tuple[int, int] | None = None) -> 
             prefill_s=fitted[2],
             prefill_token_s=fitted[3],
             request_s=fitted[4],
+            tensor=config.rollout.tensor,
         ),
-        train=_fit_trainer(config, runs),
+        train=_fit_trainer(runs),
         move=MoveRates(push_s=_median(used, "time/sync_s")),
     )
     return Calibration(
@@ -100,7 +107,11 @@ def _read(run_dir: str, steps: tuple[int, int] | None) -> _Run:
         chosen = known[1:] or known
     chosen = [step for step in chosen if step.episodes]
     if not chosen:
-        raise ConfigError(f"--from-run={run_dir}: no recorded step from {steps} in it")
+        first, last = steps or (1, known[-1].step)
+        raise ConfigError(
+            f"--from-run={run_dir}: no usable recording of steps {first}-{last} in it; it has "
+            f"steps {known[0].step}-{known[-1].step}"
+        )
     return _Run(load_resolved(f"{run_dir}/config.yaml"), tuple(chosen))
 
 
@@ -172,23 +183,26 @@ def _collect_s(step: RecordedStep) -> float:
     return max(_MIN_S, step.metrics.get("time/collect_s", 0.0))
 
 
-def _fit_trainer(config: Config, runs: Sequence[_Run]) -> TrainRates:
-    """Seconds of an update and per operation; the rest of a step."""
-    shape = Shape.of(HfModelConfig.from_folder(config.model.path))
+def _fit_trainer(runs: Sequence[_Run]) -> TrainRates:
+    """Seconds of an update and per operation; the rest of a step.
+
+    A step's work is its training time on ranks that make one TFLOP/s, so that recomputation, bubble
+    and the longest trajectory count as they do in a forecast.
+    """
     work: list[float] = []
     spent: list[float] = []
     rest: list[float] = []
     for run in runs:
-        ranks = run.config.parallel.world_size
+        hf = HfModelConfig.from_folder(run.config.model.path)
+        unit = TrainRates(tflops_per_device=1.0)
+        trainer = Trainer(run.config, job_of(run.config, hf), None, unit, MoveRates())
         updates = run.config.algo.updates_per_step
         for step in run.steps:
-            agents = all_agents([episode.planner for episode in step.episodes])
-            lengths = [agent.num_tokens for agent in agents]
-            trained = sum(agent.num_sampled for agent in agents)
-            work.append(training_flops(shape, lengths, trained) / ranks / updates / 1e12)
+            phases = trainer.phases([episode.planner for episode in step.episodes])
+            work.append(phases.train_s / updates)
             spent.append(step.metrics["time/train_s"] / updates)
-            phases = ("collect", "score", "train", "sync")
-            known = sum(step.metrics[f"time/{name}_s"] for name in phases)
+            names = ("collect", "score", "train", "sync")
+            known = sum(step.metrics[f"time/{name}_s"] for name in names)
             rest.append(step.metrics["time/step_s"] - known)
     fixed, per_tflop = line(work, spent)
     if per_tflop == 0:  # no difference between the steps shows: all of it is the operations'

@@ -26,7 +26,13 @@ from megatron_matpo.simulation.placements import (
     colocated,
     disaggregated,
 )
-from megatron_matpo.simulation.rates import Rates, choose_rates, engine_rates, read_section
+from megatron_matpo.simulation.rates import (
+    Rates,
+    check_gpu,
+    choose_rates,
+    engine_rates,
+    read_section,
+)
 from megatron_matpo.simulation.records import RecordedEpisode, read_episodes
 from megatron_matpo.simulation.training import Trainer
 
@@ -104,7 +110,10 @@ def simulate(request: Request) -> Simulation:
     if request.fit_steps and not request.from_run:
         raise ConfigError("--fit-steps: only with --from-run")
     fit = calibrate(request.from_run, request.fit_steps) if request.from_run else None
-    rates = fit.rates if fit and not request.rates else choose_rates(config, request.rates)
+    if fit and not request.rates:
+        rates = check_gpu(fit.rates, config, "--from-run")
+    else:
+        rates = choose_rates(config, request.rates)
     engine = engine_rates(rates, config, plan.job.hf, plan.gpu, total_parameters(plan.job))
     draw, source = _draws(request, config, fit)
     site = _Site(plan, rates, engine)

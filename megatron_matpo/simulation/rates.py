@@ -45,6 +45,8 @@ class MeasuredEngine:
     """... and what the engine samples with so many, all together."""
     request_s: float = 0.0
     """Before every generation, outside of the engine."""
+    tensor: int = 1
+    """`rollout.tensor` that it was measured with."""
 
 
 @dataclass(frozen=True)
@@ -197,13 +199,7 @@ def choose_rates(config: Config, path: str) -> Rates:
         ConfigError: there is none, or the file is not for this GPU or model.
     """
     if path:
-        rates = _read_rates(path, "--rates")
-        if rates.gpu != config.cluster.gpu:
-            raise ConfigError(
-                f"--rates={path}: rates of {rates.gpu or 'a CPU'}, but "
-                f"cluster.gpu={config.cluster.gpu or '(none)'}"
-            )
-        return rates
+        return check_gpu(_read_rates(path, "--rates"), config, f"--rates={path}")
     shipped = [_read_rates(str(file), "rates") for file in sorted(SHIPPED.glob("*.yaml"))]
     fitting = [rates for rates in shipped if _is_for(rates, config)]
     if fitting:
@@ -219,6 +215,20 @@ def choose_rates(config: Config, path: str) -> Rates:
         f"cluster.gpu={name}: no rates of it come with the package (there are: {known}); name one "
         "of them, or a file (--rates FILE), or a run (--from-run RUN_DIR)"
     )
+
+
+def check_gpu(rates: Rates, config: Config, option: str) -> Rates:
+    """The rates, if they are of the recipe's GPU.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if rates.gpu != config.cluster.gpu:
+        raise ConfigError(
+            f"{option}: rates of {rates.gpu or 'a CPU'}, but "
+            f"cluster.gpu={config.cluster.gpu or '(none)'}"
+        )
+    return rates
 
 
 def _is_for(rates: Rates, config: Config) -> bool:
@@ -248,6 +258,11 @@ def engine_rates(
             raise ConfigError(
                 f"rates: engine was measured with {rates.model}, not with "
                 f"model.path={config.model.path}"
+            )
+        if measured.tensor != config.rollout.tensor:
+            raise ConfigError(
+                f"rates: engine was measured with rollout.tensor={measured.tensor}, the recipe "
+                f"has {config.rollout.tensor}"
             )
         return EngineRates(
             overhead_s=measured.step_s,

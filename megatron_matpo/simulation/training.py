@@ -26,6 +26,9 @@ from megatron_matpo.planning.shape import Job
 from megatron_matpo.simulation.episodes import Agent, all_agents
 from megatron_matpo.simulation.rates import MoveRates, TrainRates
 
+_FROZEN = 2 / 3
+"""Of the operations with adapters: no gradients of the weights are made. The adapters' own are
+less than a hundredth and are left out."""
 _OPTIMIZER_BYTES = 12
 """Per parameter in a checkpoint: fp32 weights and the two moments of Adam."""
 
@@ -114,7 +117,8 @@ class Trainer:
         flops = training_flops(shape, lengths, trained) / updates
         longest = training_flops(shape, [max(lengths)], 0)
         again = {"none": 0.0, "selective": feed_forward_share(self.job.hf), "full": 1.0}
-        work = max(flops / layout.data, longest) * (1 + again[layout.recompute] / 3)
+        passes = (_FROZEN if self.config.lora.rank else 1.0) + again[layout.recompute] / 3
+        work = max(flops / layout.data, longest) * passes
         count = self.micro_batches(lengths)
         if layout.virtual > 1:
             budget = self.config.train.micro_batch_tokens
@@ -142,7 +146,7 @@ class Trainer:
     def _network_s(self) -> float:
         """Gradients reduced and parameters gathered among the replicas, not overlapped."""
         layout = self.job.layout
-        if not self.train.network_gb_s or layout.optimizer_ranks == 1:
+        if not self.train.network_gb_s or layout.optimizer_ranks == 1 or self.config.lora.rank:
             return 0.0
         worst = max(num_parameters(self.job, stage) for stage in (0, layout.pipeline - 1))
         share = (layout.optimizer_ranks - 1) / layout.optimizer_ranks
@@ -151,7 +155,7 @@ class Trainer:
 
     def _checkpoint_s(self) -> float:
         every = self.config.checkpoint.every
-        if not every:
+        if not every or self.config.lora.rank:  # adapters are small
             return 0.0
         per_parameter = self.job.element_bytes + _OPTIMIZER_BYTES
         num_bytes = total_parameters(self.job) * per_parameter

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,11 +171,16 @@ def test_the_roofline_of_a_known_model():
 def test_a_table_of_throughputs_becomes_steps():
     config = load_recipe(RECIPE, [])
     hf = HfModelConfig.from_folder(config.model.path)
-    measured = MeasuredEngine(concurrency=[64, 1], tokens_per_s=[800.0, 70.0])
+    measured = MeasuredEngine(concurrency=[64, 1], tokens_per_s=[800.0, 70.0], tensor=2)
     engine = engine_rates(Rates(engine=measured), config, hf, None, 1)
     assert engine.step_s(64, 0) == pytest.approx(0.08)
     assert engine.step_s(1, 0) == pytest.approx(1 / 70)
-    for wrong in (MeasuredEngine(concurrency=[1], tokens_per_s=[1.0, 2.0]), MeasuredEngine()):
+    wrongs = (
+        MeasuredEngine(concurrency=[1], tokens_per_s=[1.0, 2.0], tensor=2),
+        MeasuredEngine(),
+        replace(measured, tensor=1),
+    )
+    for wrong in wrongs:
         with pytest.raises(ConfigError, match="rates: "):
             engine_rates(Rates(engine=wrong), config, hf, None, 1)
 

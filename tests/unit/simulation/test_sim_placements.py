@@ -161,6 +161,14 @@ def test_bytes_over_bandwidth():
     assert hidden.phases([Agent(900, (Turn(100),))]).checkpoint_s == pytest.approx(copied, rel=1e-3)
 
 
+def test_adapters_need_no_gradients_of_the_weights():
+    episodes = [Agent(900, (Turn(100),))] * 640
+    rates = TrainRates(mfu=0.5, network_gb_s=25)
+    whole = trainer_of("train.recompute=none", train=TrainRates(mfu=0.5)).phases(episodes)
+    lora = trainer_of("train.recompute=none", "lora.rank=8", train=rates).phases(episodes)
+    assert lora.train_s == pytest.approx(whole.train_s * 2 / 3)
+
+
 def test_rates_without_a_trainer_are_refused():
     with pytest.raises(ConfigError, match=r"train\.mfu"):
         trainer_of(train=TrainRates()).phases([Agent(10, (Turn(5),))])
@@ -188,6 +196,26 @@ def random_episodes(count: int, seed: int) -> list[Agent]:
         return Agent(rng.randint(15, 30), (*turns, Turn(rng.randint(2, 6))))
 
     return [agent(rng.randint(0, 3), True) for _ in range(count)]
+
+
+def test_runs_that_say_nothing_are_refused(tmp_path):
+    rates = {"update_s": 0.1, "tflops": 0.02}
+    steps = [random_episodes(4, step) for step in range(2)]
+    write_run(tmp_path / "one", steps, MACHINE, **rates)
+    write_run(tmp_path / "two", steps, MACHINE, **rates, overrides=["rollout.tensor=2"])
+    one, two = str(tmp_path / "one"), str(tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"no usable recording of steps 5-9 in it; it has .* 1-2"):
+        calibrate([one], (5, 9))
+    with pytest.raises(
+        ConfigError, match=r"differ in model\.path, cluster\.gpu or rollout\.tensor"
+    ):
+        calibrate([one, two])
+    with pytest.raises(ConfigError, match=r"--from-run: rates of a CPU, but cluster\.gpu="):
+        simulate(Request(QWEN, [], from_run=(one,)))
+    for file in (tmp_path / "one" / "rollouts").iterdir():
+        file.unlink()
+    with pytest.raises(ConfigError, match="no step has a recording"):
+        calibrate([one])
 
 
 def test_a_known_machine_is_found_again_and_predicted_elsewhere(tmp_path):

@@ -71,6 +71,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_logs(commands)
 
     _add_doctor(commands)
+
+
+    _add_simulate(commands)
     for name, text in (
         ("report", "write report.html of a run and print its path"),
         ("status", "say what the processes of a run are doing"),
@@ -183,6 +186,46 @@ def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     mode.add_argument(
         "--build", action="store_true", help="of an image, where no GPU is: software only"
+
+
+def _add_simulate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    command = commands.add_parser(
+        "simulate", help="a training step in time, and in other placements, starting nothing"
+    )
+    command.add_argument("recipe", help="YAML file; model.path needs no more than a config.json")
+    command.add_argument("overrides", nargs="*", help="dotted.key=value", metavar="key=value")
+    command.add_argument("--json", action="store_true", help="print JSON instead of text")
+    command.add_argument(
+        "--rates", default="", metavar="FILE", help="what the machines do (default: by cluster.gpu)"
+    )
+    command.add_argument(
+        "--lengths",
+        default="",
+        metavar="FILE",
+        help="rollouts/step_N.jsonl, a run's folder, or distributions as YAML (default: assumed)",
+    )
+    command.add_argument(
+        "--from-run",
+        action="append",
+        default=[],
+        metavar="RUN_DIR",
+        help="rates and lengths of a run that was made; may be repeated",
+    )
+    command.add_argument(
+        "--fit-steps", default="", metavar="A-B", help="of those runs, use only these steps"
+    )
+    command.add_argument(
+        "--save-rates", default="", metavar="FILE", help="write the rates that were used"
+    )
+    command.add_argument(
+        "--staleness",
+        type=int,
+        default=0,
+        metavar="S",
+        help="of the asynchronous placement (default: the recipe's, at least 1)",
+    )
+    command.add_argument(
+        "--steps", type=int, default=2, metavar="N", help="steps to average over (default: 2)"
     )
 
 
@@ -228,6 +271,10 @@ def _dispatch(options: argparse.Namespace) -> int:
 
         case "doctor":
             return _doctor(options)
+
+
+        case "simulate":
+            print(_simulated(options), end="")
         case "data":
             return run_data(options)
         case "report":
@@ -303,6 +350,12 @@ def _doctor(options: argparse.Namespace) -> int:
         recipe, overrides = "", [recipe, *overrides]
     mode = "preflight" if options.preflight else "build" if options.build else "full"
     return doctor(Request(recipe, tuple(overrides), mode, options.json))
+
+
+def _simulated(options: argparse.Namespace) -> str:
+    from megatron_matpo.simulation.main import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def _compute_seconds(job: Job, site: Site, tokens: float, length: float) -> floa
     peak = site.gpu.fp8_tflops if job.fp8_recipe else site.gpu.bf16_tflops
     matmul = 6.0 * active_parameters(job) * tokens
     attention = 6.0 * hf.num_layers * hf.num_heads * hf.head_dim * length * tokens
-    again = {"none": 0.0, "selective": _feed_forward_share(hf), "full": 1.0}[layout.recompute]
+    again = {"none": 0.0, "selective": feed_forward_share(hf), "full": 1.0}[layout.recompute]
     shards = layout.tensor * layout.context * _EFFICIENCY * 1e12
     # Attention stays in bf16; a recomputed forward pass is a third of the work.
     products = matmul * (1 + again / 3) / (peak * shards)
@@ -177,7 +177,8 @@ def _compute_seconds(job: Job, site: Site, tokens: float, length: float) -> floa
     return products + attention * (1 + again_attention) / (site.gpu.bf16_tflops * shards)
 
 
-def _feed_forward_share(hf: HfModelConfig) -> float:
+def feed_forward_share(hf: HfModelConfig) -> float:
+    """Of a layer's products, those that `recompute: selective` makes again."""
     channels = hf.moe.experts_per_token * hf.moe.ffn_size if hf.moe else hf.ffn_size
     feed_forward = 3 * channels
     attention = 2 * (hf.num_heads + hf.num_kv_heads) * hf.head_dim

@@ -149,7 +149,7 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     Raises:
         ConfigError: the layout does not divide the model, or the platform lacks a part.
     """
-    problems = check_layout(hf, config.parallel)
+    problems = check_layout(hf, config.parallel, on_gpu=config.cluster.device == "cuda")
     if problems:
         raise ConfigError("\n".join(problems))
     if state.device.type != "cpu":

@@ -113,7 +113,7 @@ def test_activations_of_a_stage():
     layer = norms + attention + 3 * 17408
     backward = (3 * 17408 / 2 + 2 * 5120 / 2 + 2 * 5120) * 2
     for stage, in_flight in enumerate((4, 3, 2, 1)):
-        kept = in_flight * (10 * per_layer + per_layer)
+        kept = in_flight * 10 * per_layer
         expected = 40960 * (kept + layer - per_layer + backward)
         assert stage_activation_bytes(job(PP4), stage, 20) == pytest.approx(expected, abs=1)
 

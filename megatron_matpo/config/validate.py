@@ -357,7 +357,7 @@ def _check_layout(config: Config, command: Command) -> Iterator[str]:
         yield str(error)
         return
     if command != "eval":
-        yield from check_layout(hf, config.parallel)
+        yield from check_layout(hf, config.parallel, on_gpu=config.cluster.device == "cuda")
         layers, stage = config.fp8.first_last_layers_bf16, hf.num_layers // config.parallel.pipeline
         if layers > stage:
             yield (

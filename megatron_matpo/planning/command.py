@@ -89,7 +89,7 @@ def make_run_plan(
     if not config.model.path:
         raise ConfigError("model.path=: expected a folder with the model's config.json")
     hf = HfModelConfig.from_folder(config.model.path)
-    if problems := check_layout(hf, config.parallel):
+    if problems := check_layout(hf, config.parallel, on_gpu=config.cluster.device == "cuda"):
         raise ConfigError("\n".join(problems))
     job = _rounded(job_of(config, hf), config)
     gpu = find_gpu(config.cluster.gpu)

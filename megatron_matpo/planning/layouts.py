@@ -123,6 +123,8 @@ def candidates(hf: HfModelConfig, site: Site) -> Iterator[Layout]:
     ]
     pipelines = [p for p in range(1, _MAX_PIPELINE + 1) if hf.num_layers % p == 0]
     contexts = [c for c in (1, 2, 4, 8) if c <= _MAX_CONTEXT]
+    # Transformer Engine splits no packed row whose attention has a window; see `check_layout`.
+    contexts = contexts if hf.sliding_window is None else [1]
     experts = [e for e in (1, 2, 4, 8, 16, 32, 64) if hf.moe and hf.moe.num_experts % e == 0] or [1]
     modes = ("none", "selective", "full")
     for t, p, c, e, recompute, offload in product(

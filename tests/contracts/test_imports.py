@@ -34,7 +34,7 @@ ORDER = [
         "rewards",
     ),
     *("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch", "prepare", "doctor"),
-    "__main__",
+    *("command_line", "__main__"),
 ]
 RUNS = ("rollout", "evaluation", "megatron", "weight_sync", "trainer", "launch")
 BANNED = {

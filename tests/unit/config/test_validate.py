@@ -5,7 +5,6 @@ The model folder is a `config.json` and empty files: what the weights hold is no
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
@@ -17,27 +16,13 @@ from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
 from megatron_matpo.config.validate import check_values, collect_violations, collect_warnings
-
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "vocab_size": 512,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 40960,
-}
+from tests.helpers.model_folder import write_model_folder
 
 
 @pytest.fixture
 def config(tmp_path) -> Config:
     """A configuration without violations."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    for name in ("tokenizer.json", "model.safetensors"):
-        (tmp_path / name).touch()
+    write_model_folder(tmp_path)
     base = Config()
     return replace(
         base,

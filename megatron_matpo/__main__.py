@@ -119,7 +119,7 @@ def _launched(options: argparse.Namespace) -> int:
         LaunchRequest(
             recipe=options.recipe,
             cluster=options.cluster,
-            command=options.job_command,
+            command=options.job_command or None,
             dry_run=options.dry_run,
             write=options.write,
             overrides=options.overrides,

@@ -122,9 +122,9 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     command.add_argument(
         "--command",
         dest="job_command",
-        default="train",
-        choices=("train", "sft"),
-        help="what to run there (default: train)",
+        default="",
+        choices=("train", "sft", "eval"),
+        help="what to run there (default: what the recipe has data for)",
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print all that would be submitted, start nothing"

@@ -50,6 +50,7 @@ class Job:
     task_run_dir: str
     """The same as the tasks see it."""
     python: str
+    command: Command
     words: tuple[str, ...]
     """What `matpo` is asked to do, as `train RECIPE key=value`."""
     preflight: bool
@@ -75,6 +76,8 @@ def cluster_overrides(cluster: ClusterFile) -> tuple[str, ...]:
         found.append(f"run.dir={cluster.run_dir}")
     if cluster.interface:
         found.append(f"cluster.interface={cluster.interface}")
+    if cluster.kind == "slurm":
+        found += ["run.save_on_stop=true", f"run.save_timeout_s={cluster.slurm.stop_lead_s}"]
     return tuple(found)
 
 
@@ -98,6 +101,7 @@ def describe_job(config: Config, cluster: ClusterFile, request: Request) -> Job:
         run_dir=_outside(run_dir, container) if container else run_dir,
         task_run_dir=run_dir,
         python=container.python if container else cluster.bare.python,
+        command=request.command,
         words=request.words,
         preflight=cluster.preflight,
         container=container,

@@ -28,7 +28,8 @@ class LaunchRequest:
 
     recipe: str
     cluster: str
-    command: Command = "train"
+    command: Command | None = None
+    """None: what the recipe has data for."""
     dry_run: bool = False
     write: str = ""
     """File for the batch script, instead of submitting."""
@@ -43,7 +44,7 @@ def launch(request: LaunchRequest) -> int:
         MatpoError: the job could not be submitted.
     """
     config, cluster, job = prepare(request)
-    for warning in collect_warnings(config, command=request.command):
+    for warning in collect_warnings(config, command=job.command):
         print(f"warning: {warning}", file=sys.stderr)
     if request.write:
         return _write(request, cluster, job)
@@ -69,7 +70,9 @@ def prepare(request: LaunchRequest) -> tuple[Config, ClusterFile, Job]:
     problems += [*wrong, *check_values(config), *_misfits(config, cluster, request)]
     if problems:
         raise ConfigError(format_problems(problems))
-    job = describe_job(config, cluster, Request(request.command, request.recipe, overrides))
+    job = describe_job(
+        config, cluster, Request(request.command or config.command, request.recipe, overrides)
+    )
     return config, cluster, job
 
 
@@ -105,7 +108,7 @@ def _check_submission(
     is_here = not cluster.ssh.host and job.container is None and not job.folder
     if is_here and config.cluster.num_nodes == 1 and not config.cluster.gpus_per_node:
         # The nodes see what this machine sees. GPUs and their driver they have themselves.
-        check_recipe(request.recipe, list(job.words[2:]), request.command)
+        check_recipe(request.recipe, list(job.words[2:]), job.command)
 
 
 def _dry_run(request: LaunchRequest, config: Config, cluster: ClusterFile, job: Job) -> str:
@@ -115,7 +118,7 @@ def _dry_run(request: LaunchRequest, config: Config, cluster: ClusterFile, job: 
         scripts.insert(0, ("batch script", batch_script(job, cluster)))
     parts = [
         ("resolved configuration", dump_config(config)),
-        ("nodes", node_plan_text(config, request.command)),
+        ("nodes", node_plan_text(config, job.command)),
         ("memory", _memory_text(request, job)),
         *((title, _without_secrets(text, job)) for title, text in scripts),
     ]
@@ -146,7 +149,7 @@ def _write(request: LaunchRequest, cluster: ClusterFile, job: Job) -> int:
 def _origin(request: LaunchRequest) -> str:
     """The command that writes the same file again."""
     words = ["matpo", "launch", request.recipe, "--cluster", request.cluster]
-    if request.command != "train":
+    if request.command:
         words += ["--command", request.command]
     return " ".join([*words, "--write", request.write, *request.overrides])
 

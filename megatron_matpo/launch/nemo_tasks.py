@@ -81,8 +81,7 @@ def job_task(job: RecipeJob) -> "Script":
             raise ConfigError(f"{job.recipe}: is an evaluation, which needs `model`: a folder")
         settings = [item for item in job.settings if not item.startswith("model.path=")]
         return _script(job, ["eval", job.recipe, "--model", job.model, *settings])
-    command = "sft" if config.sft.data else "train"
-    return _script(job, [command, job.recipe, *job.settings])
+    return _script(job, [config.command, job.recipe, *job.settings])
 
 
 def train_task(recipe: str, overrides: Sequence[str] = (), *, folder: str = "") -> "Script":

@@ -10,6 +10,7 @@ stopped hides the one that failed. So each writes `RUN/slurm/exits/NODE`: `TIME 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -18,10 +19,14 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from megatron_matpo.config.load import load_recipe
+from megatron_matpo.config.validate import Command
 from megatron_matpo.errors import MatpoError
+from megatron_matpo.launch.eval import EvalRequest, evaluate
 from megatron_matpo.launch.run import run
-from megatron_matpo.obs.failure import first_failure
+from megatron_matpo.obs.failure import read_reason
 from megatron_matpo.obs.files import write_atomic
 
 FOLDER = "slurm"
@@ -57,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="slurm_task", description="A Slurm job's task on a node.")
     parser.add_argument("--preflight", action="store_true", help="`matpo doctor` first")
     parser.add_argument("--run-dir", required=True, help="the run's folder")
-    parser.add_argument("command", choices=("train", "sft"))
+    parser.add_argument("command", choices=("train", "sft", "eval"))
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*")
     return parser
@@ -79,7 +84,7 @@ def _preflight(run_dir: Path, words: list[str]) -> _Ending:
 
 def _run(run_dir: Path, options: argparse.Namespace) -> _Ending:
     try:
-        code = run(options.command, options.recipe, options.overrides)
+        code = _command(options.command, options.recipe, options.overrides)
     except MatpoError as error:
         print(error, file=sys.stderr)
         return _Ending(error.exit_code, str(error))
@@ -89,17 +94,22 @@ def _run(run_dir: Path, options: argparse.Namespace) -> _Ending:
     return _Ending(code, _reason(run_dir, code))
 
 
+def _command(command: str, recipe: str, overrides: list[str]) -> int:
+    """`matpo train`, `matpo sft`, or `matpo eval` of the recipe's own model under its own name."""
+    if command in ("train", "sft"):
+        return run(cast(Command, command), recipe, overrides)
+    config = load_recipe(recipe, overrides)
+    named = [f"run.name={json.dumps(config.run.name)}", *overrides]
+    return evaluate(EvalRequest(recipe, config.model.path, data=[], overrides=named))
+
+
 def _reason(run_dir: Path, code: int) -> str:
     """The first failure that the run recorded, if it failed."""
     if code == 0:
         return ""
     if code == 75:
         return "stopped early after saving"
-    failure = first_failure(run_dir)
-    if failure is None:
-        return f"exit code {code}, see the lines above"
-    who = f"{failure.role}-{failure.rank}"
-    return f"{who}, phase {failure.phase}: {failure.type}: {failure.message}"
+    return read_reason(run_dir) or f"exit code {code}, see the lines above"
 
 
 def _record(run_dir: Path, ending: _Ending) -> None:

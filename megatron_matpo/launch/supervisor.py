@@ -25,7 +25,7 @@ from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
 from megatron_matpo.launch.roles import RoleSpec
 from megatron_matpo.launch.stopping import STOPPED_EARLY, StopSignals
-from megatron_matpo.obs.failure import first_failure
+from megatron_matpo.obs.failure import first_failure, write_reason
 from megatron_matpo.obs.progress import format_duration
 from megatron_matpo.obs.status import read_status
 from megatron_matpo.obs.stop_request import STOPPED_PHASE, request_stop
@@ -257,6 +257,7 @@ class Supervisor:
         skip_bytes = self._log_offsets.get(origin.log_name, 0)
         elapsed = format_duration(time.monotonic() - self._started_at)
         self._reason = f"{origin.name}: {origin.what}"
+        write_reason(self._run_dir, self._reason)
         self._console.line(
             f"the run failed after {elapsed}; stopping everything\n"
             + origin.report(self._log(origin.log_name) if origin.log_name else None, skip_bytes)

@@ -32,7 +32,7 @@ def printed(arguments: str) -> str:
 
 def test_the_simulation_is_current() -> None:
     ((arguments, said),) = BLOCK.findall(DOC.read_text(encoding="utf-8"))
-    assert "plan_qwen3_14b.yaml" in arguments
+    assert "matpo-qwen3-14b-16n8g-a800.yaml" in arguments
     assert said == printed(arguments)
 
 

@@ -52,7 +52,7 @@ def test_a_dry_run_shows_everything_and_starts_nothing(capsys, home):
 
 
 def test_sixteen_nodes(capsys):
-    recipe = str(ROOT / "recipes" / "plan_qwen3_14b.yaml")
+    recipe = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-a800.yaml")
     assert launch(LaunchRequest(recipe, EXAMPLE, dry_run=True)) == 0
     text = capsys.readouterr().out
     assert "#SBATCH --nodes=16" in text

@@ -23,7 +23,7 @@ from megatron_matpo.simulation.rollout import Fleet
 from megatron_matpo.simulation.training import Trainer
 from tests.helpers.simulated_runs import QUICKSTART, ROOT, write_run
 
-QWEN = str(ROOT / "recipes" / "plan_qwen3_14b.yaml")
+QWEN = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-a800.yaml")
 LENGTH = 1000
 
 

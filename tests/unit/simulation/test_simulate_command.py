@@ -15,7 +15,7 @@ from megatron_matpo.simulation.episodes import Agent, Turn
 from tests.helpers.simulated_runs import QUICKSTART, write_step
 
 ROOT = Path(__file__).parents[3]
-RECIPE = str(ROOT / "recipes" / "plan_qwen3_14b.yaml")
+RECIPE = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-a800.yaml")
 SMALL = ("data.prompts_per_step=16", "--steps", "1")
 
 

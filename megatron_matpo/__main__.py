@@ -144,8 +144,11 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--command",
         dest="job_command",
         default="train",
-        choices=("train", "sft"),
+        choices=("train", "sft", "eval"),
         help="what to run there (default: train)",
+    )
+    command.add_argument(
+        "--model", default="", metavar="FOLDER", help="with --command eval: what to evaluate"
     )
     command.add_argument(
         "--dry-run", action="store_true", help="print all that would be submitted, start nothing"
@@ -252,6 +255,7 @@ def _launched(options: argparse.Namespace) -> int:
             recipe=options.recipe,
             cluster=options.cluster,
             command=options.job_command,
+            model=options.model,
             dry_run=options.dry_run,
             write=options.write,
             overrides=options.overrides,

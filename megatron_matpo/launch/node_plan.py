@@ -14,7 +14,8 @@ def node_plan_text(config: Config, command: Command) -> str:
         return f"{nodes} nodes of {config.cluster.gpus_per_node} GPUs, one task each"
     base = config.cluster.base_port
     ports = [base + index if base else 0 for index in range(num_ports(config))]
-    return plan_text(make_plan(config, ports), has_engines=_has_engines(config, command))
+    plan = make_plan(config, ports, has_trainer=command != "eval")
+    return plan_text(plan, has_engines=_has_engines(config, command))
 
 
 def plan_text(plan: Plan, *, has_engines: bool) -> str:

@@ -120,6 +120,7 @@ def _launched(options: argparse.Namespace) -> int:
             recipe=options.recipe,
             cluster=options.cluster,
             command=options.job_command or None,
+            model=options.model,
             dry_run=options.dry_run,
             write=options.write,
             overrides=options.overrides,

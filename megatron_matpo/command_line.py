@@ -127,6 +127,9 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="what to run there (default: what the recipe has data for)",
     )
     command.add_argument(
+        "--model", default="", metavar="FOLDER", help="of an evaluation: what to evaluate"
+    )
+    command.add_argument(
         "--dry-run", action="store_true", help="print all that would be submitted, start nothing"
     )
     command.add_argument(

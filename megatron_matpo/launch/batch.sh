@@ -57,13 +57,17 @@ matpo_start() {
     fi
 }
 
-# The line of the task that decides: a wrong configuration, else the first failure, else a stop.
+# The line of the task that decides: a wrong configuration, else the first failure, else (3) that
+# another node failed, else a stop.
 matpo_deciding_exit() {
     sort -n "$matpo_run"/slurm/exits/* 2>/dev/null | awk '
         $2 == 2 && !wrong { wrong = $0 }
-        $2 != 0 && $2 != 2 && $2 != 75 && $2 != 130 && $2 != 143 && !failed { failed = $0 }
+        $2 != 0 && $2 != 2 && $2 != 3 && $2 != 75 && $2 != 130 && $2 != 143 && !failed {
+            failed = $0
+        }
+        $2 == 3 && !other { other = $0 }
         $2 == 75 && !stopped { stopped = $0 }
-        END { print wrong ? wrong : failed ? failed : stopped }'
+        END { print wrong ? wrong : failed ? failed : other ? other : stopped }'
 }
 
 # The nodes to leave out from now on: those of the cluster file and those that failed the preflight.

@@ -36,7 +36,10 @@ _TASK = "task"
 _QUIET = "{ set +vx; } 2>/dev/null"
 # NeMo-Run's script sets it; srun then gives tasks a terminal, and logs fill with what is rewritten.
 _NO_TERMINAL = "unset SLURM_UNBUFFEREDIO"
-_INSTALL = "pip install -r requirements/launch.txt && pip install --no-deps -r requirements/launch-nodeps.txt"
+_INSTALL = (
+    "pip install -r requirements/launch.txt, then "
+    "pip install --no-deps -r requirements/launch-nodeps.txt"
+)
 
 
 @dataclass(frozen=True)

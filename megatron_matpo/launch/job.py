@@ -25,11 +25,14 @@ class Request:
     command: Command
     recipe: str
     overrides: tuple[str, ...]
+    model: str = ""
+    """What `matpo eval` evaluates."""
 
     @property
     def words(self) -> tuple[str, ...]:
         """The arguments of `matpo`."""
-        return (self.command, self.recipe, *self.overrides)
+        model = ("--model", self.model) if self.command == "eval" else ()
+        return (self.command, self.recipe, *model, *self.overrides)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_matpo.config.load import collect_recipe, dump_config, format_probl
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, check_values, collect_warnings
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch.eval import EvalRequest
 from megatron_matpo.launch.executors import Submission, batch_script, submit, task_script
 from megatron_matpo.launch.job import Job, Request, cluster_overrides, describe_job
 from megatron_matpo.launch.node_plan import node_plan_text
@@ -30,6 +32,8 @@ class LaunchRequest:
     cluster: str
     command: Command | None = None
     """None: what the recipe has data for."""
+    model: str = ""
+    """What an evaluation evaluates."""
     dry_run: bool = False
     write: str = ""
     """File for the batch script, instead of submitting."""
@@ -66,22 +70,32 @@ def prepare(request: LaunchRequest) -> tuple[Config, ClusterFile, Job]:
     """
     cluster, problems = collect_cluster_file(request.cluster)
     overrides = (*cluster_overrides(cluster), *request.overrides)
-    config, wrong = collect_recipe(request.recipe, list(overrides))
-    problems += [*wrong, *check_values(config), *_misfits(config, cluster, request)]
+    config, wrong = collect_recipe(request.recipe, _as_run(request, overrides))
+    command = request.command or ("eval" if request.model else config.command)
+    problems += [*wrong, *check_values(config), *_misfits(config, cluster, request, command)]
     if problems:
         raise ConfigError(format_problems(problems))
-    job = describe_job(
-        config, cluster, Request(request.command or config.command, request.recipe, overrides)
-    )
-    return config, cluster, job
+    wanted = Request(command, request.recipe, overrides, request.model)
+    return config, cluster, describe_job(config, cluster, wanted)
 
 
-def _misfits(config: Config, cluster: ClusterFile, request: LaunchRequest) -> list[str]:
+def _as_run(request: LaunchRequest, overrides: Sequence[str]) -> list[str]:
+    """Overrides as the command on the cluster reads them, its options included."""
+    if not request.model:
+        return list(overrides)
+    return EvalRequest(request.recipe, request.model, [], overrides=list(overrides)).all_overrides()
+
+
+def _misfits(
+    config: Config, cluster: ClusterFile, request: LaunchRequest, command: Command
+) -> list[str]:
     """What is right in recipe and cluster file each, but not together."""
     found: list[str] = []
     nodes = config.cluster.num_nodes
     if nodes > 1 and cluster.kind != "slurm":
         found.append(f"cluster.num_nodes={nodes}: kind={cluster.kind} is one node")
+    if (command == "eval") != bool(request.model):
+        found.append("--model FOLDER: needed for an evaluation, and only there")
     if request.write and cluster.kind != "slurm":
         found.append(f"--write: kind={cluster.kind} has no batch script")
     if (cluster.ssh.host or cluster.container.image) and os.path.isabs(request.recipe):
@@ -103,12 +117,19 @@ def _check_submission(
             for name in job.secret_names
             if not os.environ.get(name)
         ]
+    is_bare_here = cluster.kind != "docker" and not cluster.ssh.host and job.container is None
+    if is_bare_here and not (Path(job.folder or ".") / job.python).is_file():
+        problems.append(
+            f"bare.python={job.python}: no such file in {job.folder or Path.cwd()}; `make setup` "
+            "makes it there"
+        )
     if problems:
         raise ConfigError(format_problems(problems))
-    is_here = not cluster.ssh.host and job.container is None and not job.folder
+    is_here = is_bare_here and not job.folder
     if is_here and config.cluster.num_nodes == 1 and not config.cluster.gpus_per_node:
         # The nodes see what this machine sees. GPUs and their driver they have themselves.
-        check_recipe(request.recipe, list(job.words[2:]), job.command)
+        overrides = [*cluster_overrides(cluster), *request.overrides]
+        check_recipe(request.recipe, _as_run(request, overrides), job.command)
 
 
 def _dry_run(request: LaunchRequest, config: Config, cluster: ClusterFile, job: Job) -> str:
@@ -119,20 +140,21 @@ def _dry_run(request: LaunchRequest, config: Config, cluster: ClusterFile, job: 
     parts = [
         ("resolved configuration", dump_config(config)),
         ("nodes", node_plan_text(config, job.command)),
-        ("memory", _memory_text(request, job)),
+        ("memory", _memory_text(request, cluster)),
         *((title, _without_secrets(text, job)) for title, text in scripts),
     ]
     text = "\n".join(f"==== {title} ====\n{body.rstrip()}\n" for title, body in parts)
     return text + "\nnothing was started\n"
 
 
-def _memory_text(request: LaunchRequest, job: Job) -> str:
+def _memory_text(request: LaunchRequest, cluster: ClusterFile) -> str:
     """`matpo plan` of the recipe; where it cannot be reckoned, why."""
     from megatron_matpo.planning.command import Expectation, make_run_plan
     from megatron_matpo.planning.text import as_text
 
     try:
-        return as_text(make_run_plan(request.recipe, list(job.words[2:]), Expectation()))
+        overrides = _as_run(request, [*cluster_overrides(cluster), *request.overrides])
+        return as_text(make_run_plan(request.recipe, overrides, Expectation()))
     except ConfigError as error:
         return f"not reckoned: {error}"
 
@@ -151,6 +173,8 @@ def _origin(request: LaunchRequest) -> str:
     words = ["matpo", "launch", request.recipe, "--cluster", request.cluster]
     if request.command:
         words += ["--command", request.command]
+    if request.model:
+        words += ["--model", request.model]
     return " ".join([*words, "--write", request.write, *request.overrides])
 
 

@@ -10,7 +10,6 @@ stopped hides the one that failed. So each writes `RUN/slurm/exits/NODE`: `TIME 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import subprocess
@@ -19,10 +18,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from megatron_matpo.config.load import load_recipe
-from megatron_matpo.config.validate import Command
 from megatron_matpo.errors import MatpoError
 from megatron_matpo.launch.eval import EvalRequest, evaluate
 from megatron_matpo.launch.run import run
@@ -32,6 +28,8 @@ from megatron_matpo.obs.files import write_atomic
 FOLDER = "slurm"
 EXITS = "exits"
 BAD_NODES = "bad_nodes"
+# The doctor's; 2 is a wrong configuration, 3 that another node or nobody is to blame.
+_NODE_IS_BAD = 1
 _MAX_REASON_CHARS = 2000
 
 
@@ -43,10 +41,12 @@ class _Ending:
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns the exit code of the run, or of the preflight if that failed."""
-    options = _parser().parse_args(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    options.overrides += rest  # those behind an option
     run_dir = Path(options.run_dir)
-    words: list[str] = [options.command, options.recipe, *options.overrides]
-    ending = _preflight(run_dir, words[1:]) if options.preflight else _Ending(0, "")
+    model = [f"model.path={options.model}"] if options.model else []
+    words = [options.recipe, *model, *options.overrides]
+    ending = _preflight(run_dir, words) if options.preflight else _Ending(0, "")
     if ending.code == 0:
         ending = _run(run_dir, options)
     _record(run_dir, ending)
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run-dir", required=True, help="the run's folder")
     parser.add_argument("command", choices=("train", "sft", "eval"))
     parser.add_argument("recipe")
+    parser.add_argument("--model", default="", help="of `matpo eval`")
     parser.add_argument("overrides", nargs="*")
     return parser
 
@@ -74,7 +75,7 @@ def _preflight(run_dir: Path, words: list[str]) -> _Ending:
     code = subprocess.run(command, check=False).returncode
     if code == 0:
         return _Ending(0, "")
-    if code != 2:
+    if code == _NODE_IS_BAD:
         bad = run_dir / FOLDER / BAD_NODES
         bad.parent.mkdir(parents=True, exist_ok=True)
         with bad.open("a", encoding="utf-8") as file:
@@ -84,7 +85,7 @@ def _preflight(run_dir: Path, words: list[str]) -> _Ending:
 
 def _run(run_dir: Path, options: argparse.Namespace) -> _Ending:
     try:
-        code = _command(options.command, options.recipe, options.overrides)
+        code = _started(options)
     except MatpoError as error:
         print(error, file=sys.stderr)
         return _Ending(error.exit_code, str(error))
@@ -94,13 +95,11 @@ def _run(run_dir: Path, options: argparse.Namespace) -> _Ending:
     return _Ending(code, _reason(run_dir, code))
 
 
-def _command(command: str, recipe: str, overrides: list[str]) -> int:
-    """`matpo train`, `matpo sft`, or `matpo eval` of the recipe's own model under its own name."""
-    if command in ("train", "sft"):
-        return run(cast(Command, command), recipe, overrides)
-    config = load_recipe(recipe, overrides)
-    named = [f"run.name={json.dumps(config.run.name)}", *overrides]
-    return evaluate(EvalRequest(recipe, config.model.path, data=[], overrides=named))
+def _started(options: argparse.Namespace) -> int:
+    recipe, overrides = options.recipe, options.overrides
+    if options.command == "eval":
+        return evaluate(EvalRequest(recipe, options.model, [], overrides=overrides))
+    return run(options.command, recipe, overrides)
 
 
 def _reason(run_dir: Path, code: int) -> str:

@@ -174,6 +174,8 @@ def test_a_wrong_configuration_is_not_requeued(attempt):
         (["3 143 n1 stopped", "2 1 n2 cause"], 1, "n2: cause"),
         (["1 1 n1 echo", "2 2 n2 wrong"], 2, "n2: wrong"),
         (["5 1 n1 late", "4 1 n2 early"], 1, "n2: early"),
+        (["4 3 n1 another node", "5 1 n2 bad"], 1, "n2: bad"),
+        (["4 3 n1 nobody", "5 3 n2 nobody"], 3, "n1: nobody"),
         (["1 75 n1 saved", "2 143 n2 stopped"], 75, "n1: saved"),
         (["1 0 n1 ", "2 143 n2 stopped"], 137, "no task said why (exit code 137)"),
         ([], 137, "no task said why (exit code 137)"),

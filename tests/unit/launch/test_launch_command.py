@@ -113,6 +113,22 @@ def test_what_this_machine_can_check_is_checked_before_the_queue(tmp_path):
         launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["data.train=nowhere"]))
 
 
+def test_an_evaluation_has_its_model(capsys):
+    model = str(ROOT / "examples" / "smallworld" / "policy")
+    request = LaunchRequest(QUICKSTART, EXAMPLE, "eval", model, overrides=["run.seed=2"])
+    job = prepare(request)[2]
+    assert job.words == ("eval", QUICKSTART, "--model", model, "run.seed=2")
+    assert job.run_dir == "runs/eval-quickstart-policy"
+    with pytest.raises(ConfigError, match="--model FOLDER: needed for an evaluation"):
+        prepare(LaunchRequest(QUICKSTART, EXAMPLE, "eval"))
+
+
+def test_an_environment_that_is_not_there(tmp_path):
+    file = cluster(tmp_path, bare={"repository": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"bare\.python=\.venv/bin/python: no such file in "):
+        launch(LaunchRequest(QUICKSTART, file))
+
+
 def test_what_to_do_after_submitting(monkeypatch, capsys):
     monkeypatch.setattr(module, "submit", lambda job, cluster: Submission("12", "/nemo/e"))
     assert launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["run.name=x"])) == 0

@@ -26,6 +26,14 @@ def ending(run: Path, monkeypatch, body, *options: str) -> tuple[int, list[str]]
     return code, text.split(" ", 3)[1:]
 
 
+def test_an_evaluation(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(slurm_task, "evaluate", lambda request: seen.append(request) or 0)
+    words = ("eval", "r.yaml", "--model", "m", "a=b", "c=d")
+    assert slurm_task.main(["--run-dir", str(tmp_path), *words]) == 0
+    assert (seen[0].recipe, seen[0].model, seen[0].overrides) == ("r.yaml", "m", ["a=b", "c=d"])
+
+
 @pytest.mark.parametrize("code", [0, 75])
 def test_endings_that_are_no_failure(tmp_path, monkeypatch, code):
     seen = []
@@ -71,7 +79,7 @@ class Doctor:
         return self
 
 
-@pytest.mark.parametrize(("code", "is_bad"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("code", "is_bad"), [(1, True), (2, False), (3, False)])
 def test_a_preflight_that_fails_ends_the_task_and_names_the_node(
     tmp_path, monkeypatch, code, is_bad
 ):

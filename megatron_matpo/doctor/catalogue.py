@@ -10,12 +10,13 @@ from megatron_matpo.doctor.disk import (
     check_speed,
 )
 from megatron_matpo.doctor.gpus import check_devices, check_driver, check_precision, check_torch
-from megatron_matpo.doctor.lines import Check, Line, Site
+from megatron_matpo.doctor.lines import Check
 from megatron_matpo.doctor.network import (
     check_infiniband,
     check_interface,
     check_locked_memory,
 )
+from megatron_matpo.doctor.recipe import check_recipe
 from megatron_matpo.doctor.services import check_judge, check_keys, check_node, check_servers
 from megatron_matpo.doctor.software import (
     check_apex,
@@ -25,22 +26,11 @@ from megatron_matpo.doctor.software import (
     check_transformer_engine,
 )
 
-
-def check_recipe(site: Site) -> list[Line]:
-    """`recipe`: all that `matpo train` would refuse."""
-    if not site.recipe:
-        seen = "none is named: what one would need is not looked at"
-        return [Line("recipe", "pass", seen)]
-    fix = "change the recipe or override it: key=value"
-    if site.problems:
-        return [Line("recipe", "fail", problem, fix) for problem in site.problems]
-    return [Line("recipe", "pass", f"{site.recipe} is in order")]
-
-
 CHECKS: tuple[Check, ...] = (
     Check(
         "recipe",
-        "what `matpo train` would refuse of the recipe",
+        "all that `matpo train` (or sft, or eval, if the recipe is for that) would refuse: "
+        "settings, data, model, tokenizer",
         "the line says what was expected",
         check_recipe,
     ),

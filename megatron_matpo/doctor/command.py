@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass, replace
 
 from megatron_matpo.config.load import collect_recipe
-from megatron_matpo.config.validate import check_values, collect_violations
+from megatron_matpo.config.validate import check_values
 from megatron_matpo.doctor.catalogue import CHECKS
 from megatron_matpo.doctor.lines import Check, Line, Mode, Site
 from megatron_matpo.doctor.nodes import Clock, check_alone, exit_code, follow, label_of, lead
@@ -75,8 +75,6 @@ def read_site(request: Request) -> Site:
             raise ConfigError("\n".join(problems))
         return Site(config=config, mode=request.mode)
     config, problems = collect_recipe(request.recipe, list(request.overrides))
-    problems += collect_violations(config, command="train")
-    # Servers, keys and programs have checks of their own, which say more.
     return Site(
         config=config,
         mode=request.mode,

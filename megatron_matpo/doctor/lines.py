@@ -39,7 +39,7 @@ class Site:
     config: Config
     mode: Mode = "full"
     problems: tuple[str, ...] = ()
-    """What is wrong with the recipe."""
+    """Keys and types of the recipe that are wrong."""
     recipe: str = ""
     """Empty: no recipe was named, and what a recipe would name is not looked at."""
     num_nodes: int = 1

@@ -23,6 +23,8 @@ from megatron_matpo.rewards.probe import probe_judge
 _MIN_NODE = 18
 """Major version. The search server uses `fetch`, which Node has since 18."""
 _CLOSE_TIMEOUT_S = 15.0
+_SEARCH_TIMEOUT_S = 30.0
+"""A search that takes longer would slow every episode; so the doctor does not wait for it."""
 _SEARCH = "google_search"
 _KNOWN_KEYS = ("OPENAI_API_KEY", "SERPER_API_KEY", "WANDB_API_KEY", "HF_TOKEN")
 
@@ -96,8 +98,11 @@ def check_servers(site: Site) -> list[Line]:
 
 async def _check_server(site: Site, name: str, server: McpServerConfig) -> list[Line]:
     line_name = f"tools.servers.{name}"
-    one = replace(site.config.tools, servers={name: replace(server, num_processes=1)})
-    limit_s = server.start_timeout_s + _CLOSE_TIMEOUT_S
+    # One process, one attempt: more would only say the same later.
+    call_s = min(server.call_timeout_s, _SEARCH_TIMEOUT_S)
+    single = replace(server, num_processes=1, max_attempts=1, call_timeout_s=call_s)
+    one = replace(site.config.tools, servers={name: single})
+    limit_s = server.start_timeout_s + call_s + _CLOSE_TIMEOUT_S
     fix = "docs/tools.md; the command by hand: " + " ".join([server.command, *server.args])
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -87,6 +87,22 @@ def test_wrong_values_of_a_recipe_are_lines_and_the_rest_is_still_checked():
     assert "no" in lines[0].seen and "rollout.top_p=7" in lines[1].seen
 
 
+def test_a_recipe_is_for_whichever_command_takes_it(tmp_path):
+    (check,) = (check for check in CHECKS if check.name == "recipe")
+    (line,) = check.run(read_site(Request(QUICKSTART)))
+    assert line.seen == f"{QUICKSTART} is in order for matpo train"
+    demos = tmp_path / "demos.jsonl"
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+    demos.write_text(json.dumps({"messages": messages}) + "\n")
+    sft = (f"sft.data={demos}", "data.train=", "eval.sets=[]")
+    (line,) = check.run(read_site(Request(QUICKSTART, sft)))
+    assert (line.status, line.seen.endswith("for matpo sft")) == ("pass", True)
+    (line,) = check.run(read_site(Request(QUICKSTART, (*sft, f"sft.data={demos}x"))))
+    assert line.seen == f"sft.data={demos}x: no such file"
+    (line,) = check.run(read_site(Request(QUICKSTART, ("data.train=/nowhere", "eval.sets=[]"))))
+    assert line.seen.startswith("data.train=/nowhere: ")
+
+
 def test_an_override_in_the_recipes_place_is_an_override(monkeypatch, capsys):
     from megatron_matpo.__main__ import main
 

@@ -15,13 +15,15 @@ Each is the mean predicted over the median measured time: of the whole step, of 
 episodes and of training. `predicted_over_measured` is that of the step, at the other concurrency.
 Steps are as the run's metrics have them (`time/step_s`); the first of each run warms up and counts
 nowhere. On a busy machine the runs differ among themselves, and the ratio says nothing: `spread` is
-the slowest over the fastest step per sampled token of the run that is predicted.
+the slowest over the fastest step per sampled token of the run that is predicted (1.3 on an idle
+machine), `load_per_core` the load average when each run began, other work of the machine that is.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -45,10 +47,11 @@ def overrides_of(name: str) -> list[str]:
     return [f"data.prompts_per_step={prompts}", f"data.samples_per_prompt={samples}"]
 
 
-def make_run(name: str, folder: Path, num_steps: int) -> None:
-    """Train, unless the folder has the run already."""
+def make_run(name: str, folder: Path, num_steps: int) -> float | None:
+    """Train, unless the folder has the run already; returns the load per core before."""
     if (folder / name / "metrics.jsonl").exists():
-        return
+        return None
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     command = [sys.executable, "-m", "megatron_matpo", "train", RECIPE, *overrides_of(name)]
     command += [f"run.dir={folder}", f"run.name={name}", f"run.steps={num_steps}"]
     done = subprocess.run(
@@ -56,6 +59,7 @@ def make_run(name: str, folder: Path, num_steps: int) -> None:
     )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}")
+    return load
 
 
 def compare(request: Request, measured_in: Path, steps: range) -> dict[str, float]:
@@ -79,10 +83,8 @@ def compare(request: Request, measured_in: Path, steps: range) -> dict[str, floa
     return result
 
 
-def measure(folder: Path, num_steps: int) -> dict[str, dict[str, float]]:
+def predict(folder: Path, num_steps: int) -> dict[str, dict[str, float]]:
     """Both predictions."""
-    for name in SIZES:
-        make_run(name, folder, num_steps)
     small, middle, large = (folder / name for name in SIZES)
     half = 1 + num_steps // 2
     other = Request(
@@ -115,11 +117,15 @@ def main() -> None:
     if options.steps < 4:
         parser.error("--steps: at least 4, to learn from some and predict others")
     with tempfile.TemporaryDirectory() as temporary:
-        result = measure(Path(options.keep or temporary), options.steps)
+        folder = Path(options.keep or temporary)
+        loads = {name: make_run(name, folder, options.steps) for name in SIZES}
+        result = predict(folder, options.steps)
     if options.json:
         ratio = result["other_concurrency"]["step_ratio"]
-        print(json.dumps({"predicted_over_measured": ratio, **result}, indent=2))
+        said = {"predicted_over_measured": ratio, "load_per_core": loads, **result}
+        print(json.dumps(said, indent=2))
         return
+    print(f"load per core before each run: {loads}")
     for name, values in result.items():
         print(f"{name} (spread {values['spread']:.2f})")
         for key in ("step", "rollout", "train"):

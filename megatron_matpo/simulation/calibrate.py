@@ -196,9 +196,10 @@ def _fit_trainer(runs: Sequence[_Run]) -> TrainRates:
         hf = HfModelConfig.from_folder(run.config.model.path)
         unit = TrainRates(tflops_per_device=1.0)
         trainer = Trainer(run.config, job_of(run.config, hf), None, unit, MoveRates())
-        updates = run.config.algo.updates_per_step
         for step in run.steps:
-            phases = trainer.phases([episode.planner for episode in step.episodes])
+            planners = [episode.planner for episode in step.episodes]
+            updates = trainer.num_updates(len(planners), len(all_agents(planners)))
+            phases = trainer.phases(planners)
             work.append(phases.train_s / updates)
             spent.append(step.metrics["time/train_s"] / updates)
             names = ("collect", "score", "train", "sync")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from megatron_matpo.config import Config
 from megatron_matpo.errors import ConfigError
@@ -15,9 +13,9 @@ from megatron_matpo.planning.ledger import worst_stage
 from megatron_matpo.planning.parameters import total_parameters
 from megatron_matpo.planning.pipeline import bubble_frac
 from megatron_matpo.simulation.calibrate import Calibration, calibrate, fleet_of
+from megatron_matpo.simulation.draws import choose_draws
 from megatron_matpo.simulation.engine import EngineRates
 from megatron_matpo.simulation.episodes import Agent, agents_of, all_agents
-from megatron_matpo.simulation.lengths import Drawer, Lengths, Spread
 from megatron_matpo.simulation.placements import (
     Draw,
     Outcome,
@@ -31,12 +29,8 @@ from megatron_matpo.simulation.rates import (
     check_gpu,
     choose_rates,
     engine_rates,
-    read_section,
 )
-from megatron_matpo.simulation.records import RecordedEpisode, read_episodes
 from megatron_matpo.simulation.training import Trainer
-
-ASSUMED_LENGTHS = Path(__file__).parent / "lengths" / "matpo.yaml"
 
 _BUSY = 0.7
 """From here on a queue is long most of the time."""
@@ -83,6 +77,8 @@ class Simulation:
     """Length of a context."""
     mean_sampled: float
     """Sampled tokens per episode."""
+    num_updates: int
+    """Of the trainer, in the first step drawn."""
     micro_batches: int
     """Of an update on one data-parallel rank, with the recipe's layout."""
     bubble_frac: float
@@ -115,7 +111,7 @@ def simulate(request: Request) -> Simulation:
     else:
         rates = choose_rates(config, request.rates)
     engine = engine_rates(rates, config, plan.job.hf, plan.gpu, total_parameters(plan.job))
-    draw, source = _draws(request, config, fit)
+    draw, source = choose_draws(request.lengths, config, fit)
     site = _Site(plan, rates, engine)
     _refuse_misfits(plan, site, draw(1)[0])
     outcomes, warnings = _place(site, draw, request)
@@ -207,41 +203,6 @@ def _refuse_misfits(plan: RunPlan, site: _Site, episodes: Sequence[Agent]) -> No
         )
     if problems:
         raise ConfigError("the recipe does not fit:\n" + "\n".join(problems))
-
-
-def _draws(request: Request, config: Config, fit: Calibration | None) -> tuple[Draw, str]:
-    """Where episodes come from, and how to say it."""
-    seed, count = config.run.seed, config.data.prompts_per_step * config.data.samples_per_prompt
-    is_file = request.lengths.endswith((".yaml", ".yml"))
-    if is_file or not (request.lengths or fit):
-        path = request.lengths or str(ASSUMED_LENGTHS)
-        lengths = read_section(Lengths, path, "--lengths")
-        drawer = Drawer(lengths, config)
-        source = f"{path}: {lengths.source}" if request.lengths else lengths.source
-        return _drawing(drawer.episode, seed, count, _judge(config, lengths.judge_s)), source
-    known: Sequence[RecordedEpisode] = (
-        read_episodes(request.lengths) if request.lengths else fit.episodes if fit else ()
-    )
-    planners = [episode.planner for episode in known]
-    judge_s = fit.judge_s if fit else 0.0
-    source = f"{len(known)} recorded episodes, drawn with replacement"
-    judge = _judge(config, Spread(judge_s))
-    return _drawing(lambda rng: rng.choice(planners), seed, count, judge), source
-
-
-def _judge(config: Config, judge_s: Spread) -> Spread | None:
-    return judge_s if config.reward.grader == "judge" else None
-
-
-def _drawing(episode, seed: int, count: int, judge: Spread | None) -> Draw:
-    """A step's episodes are a function of the seed and its number."""
-
-    def draw(step: int) -> tuple[Sequence[Agent], Sequence[float]]:
-        rng = random.Random(f"{seed}/{step}")
-        episodes = [episode(rng) for _ in range(count)]
-        return episodes, [judge.draw(rng) for _ in episodes] if judge else ()
-
-    return draw
 
 
 def _place(site: _Site, draw: Draw, request: Request) -> tuple[list[Outcome], list[str]]:
@@ -338,7 +299,9 @@ def _described(
     agents = all_agents(episodes)
     lengths = [agent.num_tokens for agent in agents]
     own = site.setup(1, site.plan.job.layout.data)
-    count = own.trainer.micro_batches(lengths) if own else 0
+    assert own is not None, "the recipe's layout was checked by its plan"
+    updates = own.trainer.num_updates(len(episodes), len(agents))
+    count = own.trainer.micro_batches(lengths, updates)
     return Simulation(
         request=request,
         config=site.config,
@@ -352,6 +315,7 @@ def _described(
         mean_turns=sum(len(a.turns) for e in episodes for a in agents_of(e)) / len(episodes),
         mean_tokens=sum(lengths) / len(lengths),
         mean_sampled=sum(agent.num_sampled for agent in agents) / len(episodes),
+        num_updates=updates,
         micro_batches=count,
         bubble_frac=bubble_frac(site.plan.job.layout, count),
         outcomes=tuple(outcomes),
@@ -376,6 +340,7 @@ def as_json(simulation: Simulation) -> str:
             "generations_per_episode": simulation.mean_turns,
             "tokens_per_context": simulation.mean_tokens,
             "sampled_per_episode": simulation.mean_sampled,
+            "updates": simulation.num_updates,
             "micro_batches": simulation.micro_batches,
             "bubble_frac": simulation.bubble_frac,
             "fit_error": simulation.fit_error,

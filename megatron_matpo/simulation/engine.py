@@ -275,6 +275,8 @@ class Engine(Generic[T]):
             self._since = now
             left = max(0.0, self._running[0][0] - self._steps)
             self.next_event = now + self._segment.seconds(left)
+            if self.next_event == now:  # less than the clock can tell: it ends now
+                self._steps = max(self._steps, self._running[0][0])
         else:
             self.next_event = NEVER
 

@@ -51,7 +51,7 @@ def _head(simulation: Simulation) -> list[str]:
         f"step       {simulation.num_episodes} episodes; each {simulation.mean_agents:.1f} "
         f"contexts of {simulation.mean_tokens:.0f} tokens, {simulation.mean_turns:.1f} "
         f"generations, {simulation.mean_sampled:.0f} sampled tokens",
-        f"training   updates per step: {config.algo.updates_per_step}; micro-batches per update "
+        f"training   updates per step: {simulation.num_updates}; micro-batches per update "
         f"and rank: {simulation.micro_batches}; pipeline bubble "
         f"{100 * simulation.bubble_frac:.0f} %",
     ]

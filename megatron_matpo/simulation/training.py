@@ -10,6 +10,7 @@ to one shape, and the padding is computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -81,18 +82,26 @@ class Trainer:
         agents = all_agents(episodes)
         lengths = [agent.num_tokens for agent in agents]
         trained = sum(agent.num_sampled for agent in agents)
+        updates = self.num_updates(len(episodes), len(agents))
         return Phases(
-            score_s=self._score_s(lengths, trained),
-            train_s=self._train_s(lengths, trained),
+            score_s=self._score_s(lengths, trained, updates),
+            train_s=self._train_s(lengths, trained, updates),
             sync_s=self.sync_s(colocated=colocated),
             checkpoint_s=self._checkpoint_s(),
             other_s=self.train.step_s,
         )
 
-    def micro_batches(self, lengths: Sequence[int]) -> int:
-        """Of one update, on one data-parallel rank."""
+    def num_updates(self, num_episodes: int, num_contexts: int) -> int:
+        """Of a step; with `compat: reference` workers make more of them, as `data/schedule.py`."""
+        updates = self.config.algo.updates_per_step
+        if self.config.compat != "reference":
+            return min(updates, num_episodes)
+        return math.ceil(num_contexts / max(1, math.ceil(num_episodes / updates)))
+
+    def micro_batches(self, lengths: Sequence[int], updates: int) -> int:
+        """Of one of `updates` updates, on one data-parallel rank."""
         workload = Workload(tuple(lengths), "")
-        budget, updates = self.config.train.micro_batch_tokens, self.config.algo.updates_per_step
+        budget = self.config.train.micro_batch_tokens
         return micro_batches_per_rank(workload, budget, self.job.layout.data, updates)
 
     def switch_s(self, engine_weight_bytes: int) -> float:
@@ -111,15 +120,14 @@ class Trainer:
         num_bytes = total_parameters(self.job) * self.job.element_bytes
         return self.move.push_s + (num_bytes / (speed * 1e9) if speed else 0.0)
 
-    def _train_s(self, lengths: Sequence[int], trained: int) -> float:
-        updates = self.config.algo.updates_per_step
+    def _train_s(self, lengths: Sequence[int], trained: int, updates: int) -> float:
         layout, shape = self.job.layout, Shape.of(self.job.hf)
         flops = training_flops(shape, lengths, trained) / updates
         longest = training_flops(shape, [max(lengths)], 0)
         again = {"none": 0.0, "selective": feed_forward_share(self.job.hf), "full": 1.0}
         passes = (_FROZEN if self.config.lora.rank else 1.0) + again[layout.recompute] / 3
         work = max(flops / layout.data, longest) * passes
-        count = self.micro_batches(lengths)
+        count = self.micro_batches(lengths, updates)
         if layout.virtual > 1:
             budget = self.config.train.micro_batch_tokens
             work *= max(1.0, count * budget * layout.data * updates / sum(lengths))
@@ -128,17 +136,17 @@ class Trainer:
         bubble = bubble_frac(layout, count)
         return updates * (busy / (1 - bubble) + self.train.update_s + self._network_s())
 
-    def _score_s(self, lengths: Sequence[int], trained: int) -> float:
+    def _score_s(self, lengths: Sequence[int], trained: int, updates: int) -> float:
         """Forward passes over all trajectories: old log-probs, and those of the reference model."""
         algo, layout = self.config.algo, self.job.layout
-        passes = int(algo.updates_per_step > 1 and algo.old_logprobs == "trainer")
+        passes = int(updates > 1 and algo.old_logprobs == "trainer")
         passes += algo.kl_coef > 0
         if not passes:
             return 0.0
         shape = Shape.of(self.job.hf)
         flops = forward_flops(shape, lengths, trained) / layout.data
         work = max(flops, forward_flops(shape, [max(lengths)], 0))
-        count = self.micro_batches(lengths) * algo.updates_per_step
+        count = self.micro_batches(lengths, updates) * updates
         ranks = layout.tensor * layout.context * layout.pipeline
         busy = work / ranks / self.device_flops + count * self.train.micro_batch_s / 3
         return passes * busy / (1 - bubble_frac(layout, count))

@@ -103,6 +103,12 @@ def test_a_pause_stops_everything_once():
     assert engine.usage.paused_s == 2.0
 
 
+def test_steps_below_the_clocks_resolution_end():
+    engine = Engine(EngineRates(overhead_s=1e-12), 8, 10_000)
+    ends = play(engine, [(1e6, Request(i, 10, 50 + i, 1)) for i in range(3)])
+    assert set(ends.values()) == {1e6}
+
+
 def test_a_growing_context_costs_what_the_sum_over_steps_costs():
     """The integral against the sum of discrete steps, through the roofline's crossing."""
     for size, context in ((1, 1000), (40, 60_000), (40, 200)):

@@ -14,7 +14,7 @@ from megatron_matpo.config import load_recipe
 from megatron_matpo.config.gpus import GPUS
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import ConfigError
-from megatron_matpo.simulation.command import ASSUMED_LENGTHS
+from megatron_matpo.simulation.draws import ASSUMED_LENGTHS
 from megatron_matpo.simulation.episodes import Agent, Turn, agents_of, all_agents
 from megatron_matpo.simulation.fit import line, minimise
 from megatron_matpo.simulation.lengths import AgentLengths, Drawer, Lengths, Spread

@@ -147,6 +147,16 @@ def test_scoring_passes_are_those_of_the_learner(overrides, passes):
     assert phases.score_s == pytest.approx(passes * phases.train_s / 3)
 
 
+def test_the_originals_number_of_updates_grows_with_the_workers():
+    """As `data/schedule.py: split_by_trajectories`: an update is a share of the planners' rows."""
+    ours = trainer_of("algo.updates_per_step=4", train=TrainRates(mfu=0.5))
+    theirs = trainer_of("algo.updates_per_step=4", "compat=reference", train=TrainRates(mfu=0.5))
+    assert ours.num_updates(64, 64 * 3) == 4
+    assert theirs.num_updates(64, 64 * 3) == 12
+    assert theirs.num_updates(64, 64 * 3 + 1) == 13
+    assert ours.num_updates(2, 6) == 2, "no update without an episode"
+
+
 def test_bytes_over_bandwidth():
     move = MoveRates(push_gb_s=10, push_s=1.0, write_gb_s=5, host_gb_s=20)
     trainer = trainer_of(

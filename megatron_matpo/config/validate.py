@@ -169,7 +169,11 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
 
     One line for every violation: dotted path, value, what is allowed.
     """
-    problems = [*check_values(config), *_check_supported(config), *_check_model(config, command)]
+    problems = [
+        *check_values(config),
+        *check_supported(config, command),
+        *_check_model(config, command),
+    ]
     if command == "train":
         problems += _check_train(config)
     problems += _check_machines(config, command)
@@ -266,8 +270,14 @@ def _check_gpu(config: Config) -> Iterator[str]:
         yield problem
 
 
-def _check_supported(config: Config) -> Iterator[str]:
+def check_supported(config: Config, command: Command) -> Iterator[str]:
     """What `matpo plan` can reckon with but no run can do."""
+    if command == "train" and config.rollout.max_staleness > 0:
+        yield (
+            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
+            "step's tokens come from the newest weights) is supported by a run; planning and dry "
+            "runs accept it"
+        )
     if config.cluster.placement == "colocated":
         yield (
             "cluster.placement=colocated: trainer and engines cannot share GPUs yet (`matpo plan` "
@@ -295,12 +305,6 @@ def _check_rollout(config: Config) -> Iterator[str]:
 
 
 def _check_train(config: Config) -> Iterator[str]:
-    if config.rollout.max_staleness > 0:
-        yield (
-            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
-            "step's tokens come from the newest weights) is supported by a run; planning and dry "
-            "runs accept it"
-        )
     data, algo = config.data, config.algo
     episodes = data.prompts_per_step * data.samples_per_prompt
     if algo.updates_per_step > episodes:

@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_matpo.config.cluster_file import ClusterFile, collect_cluster_file
 from megatron_matpo.config.load import collect_recipe, dump_config, format_problems
 from megatron_matpo.config.root import Config
-from megatron_matpo.config.validate import Command, check_values, collect_warnings
+from megatron_matpo.config.validate import Command, check_supported, check_values, collect_warnings
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.eval import EvalRequest
 from megatron_matpo.launch.executors import Submission, batch_script, submit, task_script
@@ -51,7 +51,7 @@ def launch(request: LaunchRequest) -> int:
     for warning in collect_warnings(config, command=job.command):
         print(f"warning: {warning}", file=sys.stderr)
     if request.write:
-        return _write(request, cluster, job)
+        return _write(request, config, job)
     if request.dry_run:
         print(_dry_run(request, config, cluster, job), end="")
         return 0
@@ -110,7 +110,7 @@ def _check_submission(
     request: LaunchRequest, config: Config, cluster: ClusterFile, job: Job
 ) -> None:
     """What can still be found before a place in the queue is taken."""
-    problems: list[str] = []
+    problems = list(check_supported(config, job.command))
     if cluster.kind != "docker" and not cluster.ssh.host and not job.secret_file:
         problems += [
             f"secret_env: {name} is not set here, and there is no secret_file"
@@ -159,7 +159,9 @@ def _memory_text(request: LaunchRequest, cluster: ClusterFile) -> str:
         return f"not reckoned: {error}"
 
 
-def _write(request: LaunchRequest, cluster: ClusterFile, job: Job) -> int:
+def _write(request: LaunchRequest, config: Config, job: Job) -> int:
+    for problem in check_supported(config, job.command):
+        print(f"warning: a run refuses this recipe: {problem}", file=sys.stderr)
     path = Path(request.write)
     text = _without_secrets(sbatch_text(job, _origin(request), request.write), job)
     path.parent.mkdir(parents=True, exist_ok=True)

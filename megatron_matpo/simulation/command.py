@@ -145,8 +145,8 @@ class _Site:
 
     @property
     def is_colocated(self) -> bool:
-        """Engines and ranks do not fit beside each other."""
-        return self.engine_devices + self.plan.job.layout.world_size > self.num_devices
+        """Engines and ranks take turns on the same devices."""
+        return self.config.cluster.placement == "colocated"
 
     @property
     def kv_tokens(self) -> int:
@@ -183,8 +183,6 @@ class _Site:
 def _refuse_misfits(plan: RunPlan, site: _Site, episodes: Sequence[Agent]) -> None:
     config = plan.config
     problems = list(plan.problems)
-    if site.is_colocated:  # is known and no mistake: more ranks than the engines leave
-        problems = [problem for problem in problems if not problem.startswith("parallel: ")]
     if plan.job.layout.world_size > site.num_devices or site.engine_devices > site.num_devices:
         problems += [
             f"{plan.job.layout.world_size} trainer ranks and {site.engine_devices} engine devices: "

@@ -16,9 +16,14 @@ from pathlib import Path
 import pytest
 
 from megatron_matpo.__main__ import main
+from megatron_matpo.config.load import load_recipe
+from megatron_matpo.config.validate import check_supported
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted((ROOT / "slurm").glob("*.sbatch"))
+READY = sorted((ROOT / "slurm").glob("*.sbatch"))
+# Of recipes that no run accepts yet.
+GOLDEN = sorted((ROOT / "tests" / "unit" / "recipes" / "golden").glob("*.sbatch"))
+FILES = [*READY, *GOLDEN]
 SHELL = [*FILES, *sorted((ROOT / "megatron_matpo" / "launch").glob("*.sh"))]
 ORIGIN = re.compile(r"^# Written by: matpo (launch .*--write (\S+).*)$", re.MULTILINE)
 
@@ -37,8 +42,17 @@ def written_anew(file: Path) -> str:
             file.write_text(before, encoding="utf-8")
 
 
-def test_there_are_some():
-    assert {file.stem for file in FILES} >= {"quickstart"}
+def test_every_recipe_of_a_cluster_has_one():
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*-[0-9]*n8g-*.yaml")}
+    assert len(recipes) >= 13
+    assert {file.stem for file in FILES} == {*recipes, "quickstart"}
+    assert len(FILES) == len(recipes) + 1, "each is in one place"
+
+
+def test_ready_ones_can_run():
+    for file in FILES:
+        config = load_recipe(str(ROOT / "recipes" / f"{file.stem}.yaml"), [])
+        assert (not list(check_supported(config, config.command))) == (file in READY), file.stem
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

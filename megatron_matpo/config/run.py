@@ -39,7 +39,7 @@ class ClusterConfig:
     """Address that this node's servers bind to, on one node; `interface` goes before it."""
     interface: str = ""
     """Network interface whose IPv4 address servers bind to, as `ib0`, and that NCCL and gloo use
-    for their own meetings. Needed with several nodes."""
+    for their own meetings. Empty with several nodes: the one of the default route."""
     trainer_nodes: int = 0
     """Nodes that train, the first ones; 0: as many as the ranks need (without GPUs: one)."""
     placement: str = "disaggregated"

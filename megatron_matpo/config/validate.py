@@ -321,15 +321,9 @@ def _check_train(config: Config) -> Iterator[str]:
 
 
 def _check_machines(config: Config, command: Command) -> Iterator[str]:
-    """Roles fit on the nodes and can reach each other."""
-    cluster = config.cluster
+    """Roles fit on the nodes."""
     has_engines = command == "eval" or (command == "train" and not config.rollout.replay)
     yield from check_placement(config, has_trainer=command != "eval", has_engines=has_engines)
-    if cluster.num_nodes > 1 and not cluster.interface:
-        yield (
-            f"cluster.num_nodes={cluster.num_nodes}: several nodes need cluster.interface, the "
-            "network interface they reach each other through (`ip -brief address` lists them)"
-        )
 
 
 def _check_model(config: Config, command: Command) -> Iterator[str]:

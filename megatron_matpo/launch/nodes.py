@@ -12,12 +12,14 @@ import socket
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_matpo.config.plan import LEADER
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.errors import ConfigError
 
 _SIOCGIFADDR = 0x8915
+_ROUTES = Path("/proc/net/route")
 _NAME_BYTES = 15
 _LAUNCH_ID = re.compile(r"[A-Za-z0-9._-]+")
 _OWN = ("MATPO_NODE_RANK", "MATPO_NUM_NODES", "MATPO_LAUNCH_ID")
@@ -74,18 +76,46 @@ def address_of(cluster: ClusterConfig) -> str:
     """Address that this node's servers bind to.
 
     Raises:
-        ConfigError: `cluster.interface` does not exist here or has no IPv4 address.
+        ConfigError: the interface does not exist here or has no IPv4 address.
     """
-    if not cluster.interface:
+    name = interface_of(cluster)
+    if not name:
         return cluster.host
     try:
-        return interface_address(cluster.interface)
+        return interface_address(name)
     except OSError as error:
-        names = ", ".join(name for _, name in socket.if_nameindex())
         raise ConfigError(
-            f"cluster.interface={cluster.interface}: no IPv4 address on {socket.gethostname()} "
-            f"({error.strerror or error}); its interfaces are {names}"
+            f"cluster.interface={name}: no IPv4 address on {socket.gethostname()} "
+            f"({error.strerror or error}); its interfaces are {_interfaces()}"
         ) from error
+
+
+def interface_of(cluster: ClusterConfig) -> str:
+    """Interface that the nodes reach each other through; empty on one node, if none is named.
+
+    Raises:
+        ConfigError: several nodes, none is named, and this node has no default route.
+    """
+    if cluster.interface or cluster.num_nodes == 1:
+        return cluster.interface
+    name = default_interface(_ROUTES.read_text())
+    if not name:
+        raise ConfigError(
+            f"cluster.interface=: {socket.gethostname()} has no default route, so the interface "
+            f"between the nodes must be named; its interfaces are {_interfaces()}"
+        )
+    return name
+
+
+def default_interface(routes: str) -> str:
+    """Interface of the default route with the lowest metric, from /proc/net/route; or empty."""
+    lines = [line.split() for line in routes.splitlines()[1:]]
+    found = [(int(f[6]), f[0]) for f in lines if len(f) > 7 and f[1] == f[7] == "00000000"]
+    return min(found)[1] if found else ""
+
+
+def _interfaces() -> str:
+    return ", ".join(name for _, name in socket.if_nameindex())
 
 
 def interface_address(name: str) -> str:

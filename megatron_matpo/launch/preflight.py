@@ -167,7 +167,7 @@ def _host_violations(config: Config) -> list[str]:
     """The address must be one of this machine's own."""
     host = config.cluster.host
     try:
-        if config.cluster.interface:
+        if config.cluster.interface or config.cluster.num_nodes > 1:
             address_of(config.cluster)
             return []
         family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]

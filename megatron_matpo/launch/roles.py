@@ -21,6 +21,7 @@ from pathlib import Path
 from megatron_matpo.config.plan import LEADER, EnginePlace, Plan
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command
+from megatron_matpo.launch.nodes import interface_of
 from megatron_matpo.launch.run_secrets import RunSecrets
 from megatron_matpo.obs.status import read_status
 
@@ -191,7 +192,7 @@ def _settings(config: Config, plan: Plan) -> dict[str, str]:
     direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", "")]
     direct += [*dict.fromkeys(plan.hosts), "127.0.0.1", "localhost"]
     names = ",".join(filter(None, direct))
-    interface = config.cluster.interface
+    interface = interface_of(config.cluster)
     meeting = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     return {
         "PYTHONUNBUFFERED": "1",

@@ -13,14 +13,14 @@ SKIPPED = ("node_modules", ".venv", ".venv-rollout", ".git", "runs")
 
 
 def shell_files() -> list[Path]:
-    """By suffix, and by the first line of files without one."""
+    """By their first line. Parts of scripts, without one: `test_slurm_files.py`."""
     found: list[Path] = []
     for folder in (".ci", "benchmarks", "examples", "megatron_matpo", "slurm", "tests", "tools"):
         for file in sorted((ROOT / folder).rglob("*")):
             parts = file.relative_to(ROOT).parts
             if not file.is_file() or any(part in SKIPPED for part in parts):
                 continue
-            if file.suffix in (".sh", ".sbatch") or (file.suffix == "" and is_shell(file)):
+            if file.suffix in (".sh", ".sbatch", "") and is_shell(file):
                 found.append(file)
     return found
 

@@ -24,7 +24,7 @@ READY = sorted((ROOT / "slurm").glob("*.sbatch"))
 # Of recipes that no run accepts yet.
 GOLDEN = sorted((ROOT / "tests" / "unit" / "recipes" / "golden").glob("*.sbatch"))
 FILES = [*READY, *GOLDEN]
-SHELL = [*FILES, *sorted((ROOT / "megatron_matpo" / "launch").glob("*.sh"))]
+PARTS = sorted((ROOT / "megatron_matpo" / "launch").glob("*.sh"))
 ORIGIN = re.compile(r"^# Written by: matpo (launch .*--write (\S+).*)$", re.MULTILINE)
 
 
@@ -61,11 +61,10 @@ def test_the_files_are_current(file: Path):
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
-@pytest.mark.parametrize("file", SHELL, ids=lambda file: file.name)
-def test_the_shell_is_clean(file: Path):
-    # The parts are checked for their variables where they are put together.
-    parts = ["--exclude=SC2154"] if file.suffix == ".sh" else []
-    command = ["shellcheck", "--shell=bash", *parts, str(file)]
+@pytest.mark.parametrize("file", PARTS, ids=lambda file: file.name)
+def test_the_parts_are_clean_shell(file: Path):
+    # They are checked for their variables where they are put together (test_shell.py).
+    command = ["shellcheck", "--shell=bash", "--exclude=SC2154", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

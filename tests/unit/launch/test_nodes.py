@@ -6,7 +6,14 @@ import pytest
 
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.errors import ConfigError
-from megatron_matpo.launch.nodes import Node, address_of, check_nodes, this_node
+from megatron_matpo.launch.nodes import (
+    Node,
+    address_of,
+    check_nodes,
+    default_interface,
+    interface_of,
+    this_node,
+)
 
 # Of `srun -N2 --ntasks-per-node=1` inside a job that was requeued once (Slurm 22.05).
 SLURM = {
@@ -74,3 +81,25 @@ def test_the_interface_gives_the_address():
     assert address_of(ClusterConfig(host="192.0.2.1")) == "192.0.2.1"
     with pytest.raises(ConfigError, match=r"cluster\.interface=ib7: .* its interfaces are .*lo"):
         address_of(ClusterConfig(interface="ib7"))
+
+
+ROUTES = """\
+Iface	Destination	Gateway 	Flags	RefCnt	Use	Metric	Mask		MTU	Window	IRTT
+ib0	0000A8C0	00000000	0001	0	0	0	00FFFFFF	0	0	0
+eno1	00000000	0100000A	0003	0	0	200	00000000	0	0	0
+bond0	00000000	0200000A	0003	0	0	100	00000000	0	0	0
+"""
+
+
+def test_several_nodes_meet_on_the_default_route_unless_told_otherwise(monkeypatch, tmp_path):
+    assert default_interface(ROUTES) == "bond0"
+    assert default_interface(ROUTES.splitlines()[0]) == ""
+    assert interface_of(ClusterConfig()) == "", "one node stays on loopback"
+    routes = tmp_path / "routes"
+    monkeypatch.setattr("megatron_matpo.launch.nodes._ROUTES", routes)
+    routes.write_text(ROUTES)
+    assert interface_of(ClusterConfig(num_nodes=2)) == "bond0"
+    assert interface_of(ClusterConfig(num_nodes=2, interface="ib0")) == "ib0"
+    routes.write_text("")
+    with pytest.raises(ConfigError, match=r"cluster\.interface=: .* has no default route"):
+        interface_of(ClusterConfig(num_nodes=2))

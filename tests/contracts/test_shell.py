@@ -13,14 +13,14 @@ SKIPPED = ("node_modules", ".venv", ".venv-rollout", ".git", "runs")
 
 
 def shell_files() -> list[Path]:
-    """By suffix, and by the first line of files without one."""
+    """By suffix or first line. A `.sh` without one is a part of others, which are checked whole."""
     found: list[Path] = []
     for folder in (".ci", "benchmarks", "examples", "megatron_matpo", "slurm", "tests", "tools"):
         for file in sorted((ROOT / folder).rglob("*")):
             parts = file.relative_to(ROOT).parts
             if not file.is_file() or any(part in SKIPPED for part in parts):
                 continue
-            if file.suffix in (".sh", ".sbatch") or (file.suffix == "" and is_shell(file)):
+            if file.suffix == ".sbatch" or (file.suffix in ("", ".sh") and is_shell(file)):
                 found.append(file)
     return found
 

@@ -43,7 +43,8 @@ COPY pyproject.toml LICENSE ./
 COPY requirements requirements
 COPY megatron_matpo/__init__.py megatron_matpo/__init__.py
 # What pyproject.toml does not pin, the constraints do.
-RUN pip install --constraint requirements/trainer-cpu.txt ".[trainer,launch]" \
+RUN pip install --constraint requirements/trainer-cpu.txt ".[trainer]" -r requirements/launch.txt \
+    && pip install --no-deps -r requirements/launch-nodeps.txt \
     && pip uninstall -y megatron_matpo \
     && pip install --requirement requirements/image-build.txt
 RUN MAX_JOBS="${BUILD_JOBS}" NVTE_FRAMEWORK=pytorch TORCH_CUDA_ARCH_LIST="${CUDA_ARCHITECTURES}" \

@@ -1,16 +1,23 @@
-"""Speed, MFU and losses of the actor on one GPU, in bf16 and in FP8.
+"""Speed, MFU and losses of the actor on one GPU, in bf16 and in FP8; its layers and attention.
 
     .venv/bin/python benchmarks/gpu_actor.py [--model FOLDER] [--layers N] [--tokens T] [--json]
 
 Takes a published shape (`recipes/models`, no weights needed) with fewer layers, so that it fits one
 GPU with its optimizer, starts from seeded random weights, and trains the same rows in every
-precision that the device has. Prints a table; with `--json` the last line is one object:
+precision that the device has, and in bf16 with the local layers in place of Transformer Engine's.
+Then one attention layer of that shape on a packed row with lengths like MATPO's
+(`matpo_lengths.py`, cut to T tokens). Prints tables; with `--json` the last line is one object:
 
-* `device`, `precisions`: what was measured;
+* `device`, `precisions`: what was measured (`bf16 local`: with the local layers);
 * per precision `update_s` (median), `tokens_per_s`, `mfu` (of the bf16 peak), `peak_gib`,
   `plan_gib`, `losses`;
 * `fp8_speedup`: bf16's time over the fastest FP8 recipe's;
-* `fp8_loss_distance`: largest relative distance of an FP8 loss from bf16's at the same update.
+* `fp8_loss_distance`: largest relative distance of an FP8 loss from bf16's at the same update;
+* `engine_speedup`: time of an update with the local layers over that with Transformer Engine's;
+* `engine_logprob_max`, `engine_logprob_mean`: differences of the two at the initial weights;
+* `attention`: per form (`packed`: Transformer Engine's as the model calls it; `alone`, `padded`:
+  the same kernel sample by sample, and on a rectangle; `local`: ours) `seconds`, forward and
+  backward (median), `speedup` of `packed` over it, and the largest `difference` of the outputs.
 
 Without CUDA it says so and exits with 2.
 """
@@ -18,31 +25,45 @@ Without CUDA it says so and exits with 2.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.matpo_lengths import matpo_step  # noqa: E402
 from megatron_matpo.config import Config  # noqa: E402
-from megatron_matpo.config.gpus import GPUS  # noqa: E402
+from megatron_matpo.config.gpus import peak_flops  # noqa: E402
 from megatron_matpo.config.hf_model import HfModelConfig  # noqa: E402
 from megatron_matpo.config.precision import FP8_RECIPES  # noqa: E402
 from megatron_matpo.errors import ConfigError  # noqa: E402
 from megatron_matpo.planning.ledger import stage_ledger  # noqa: E402
 from megatron_matpo.planning.parameters import total_parameters  # noqa: E402
 from megatron_matpo.planning.shape import job_of  # noqa: E402
+from tests.helpers import gpu_attention  # noqa: E402
+from tests.helpers.gpu_actor import (  # noqa: E402
+    gpu_actor,
+    gpu_config,
+    learnable_batch,
+    local_layers,
+)
+from tests.helpers.gpu_attention import Attention, Heads  # noqa: E402
 
 WARM_UP = 3
+MEAN_TOKENS = 10_800
+"""Of a trajectory of `matpo_lengths.py`."""
 
 
 def main() -> int:
@@ -66,14 +87,24 @@ def main() -> int:
             for name, (precision, recipe) in choices().items()
             if (result := measure(shape, precision, recipe, options)) is not None
         }
+        with local_layers():
+            if (local := measure(shape, "bf16", "auto", options)) is not None:
+                results["bf16 local"] = local
+        heads = heads_of(HfModelConfig.from_folder(shape))
+    attention = compare_attention(heads, lengths_of(options.tokens), options.updates)
     for name, result in results.items():
         print(
             f"{name:<18}{result['update_s']:>9.3f} s{result['tokens_per_s']:>10.0f} tokens/s"
             f"{100 * (result['mfu'] or 0):>7.1f} % MFU{result['peak_gib']:>8.1f} GiB "
             f"(plan {result['plan_gib']:.1f})   loss {result['losses'][-1]:.4f}"
         )
+    for name, form in attention.items():
+        print(
+            f"attention {name:<8}{1000 * form['seconds']:>9.3f} ms{form['speedup']:>9.2f} x"
+            f"   largest difference {form['difference']:.2g}"
+        )
     if options.json:
-        print(json.dumps(summary(results)))
+        print(json.dumps({**summary(results), "attention": attention}))
     return 0
 
 
@@ -94,8 +125,6 @@ def measure(
     folder: Path, precision: str, recipe: str, options: argparse.Namespace
 ) -> dict[str, Any] | None:
     """One precision; None if the device does not have it."""
-    from tests.helpers.gpu_actor import gpu_actor, gpu_config, learnable_batch
-
     config = gpu_config(folder, precision, recipe, micro_batch_tokens=options.tokens)
     config = replace(
         config,
@@ -111,6 +140,7 @@ def measure(
     try:
         with gpu_actor(config) as actor:
             batches = [learnable_batch(options.tokens, seed) for seed in range(options.updates)]
+            ((logprobs, _),) = actor.score(batches[:1])
             torch.cuda.reset_peak_memory_stats()
             for index, batch in enumerate(batches):
                 torch.cuda.synchronize()
@@ -124,7 +154,7 @@ def measure(
         return None
     update_s = statistics.median(seconds[WARM_UP:])
     operations, plan_gib = reckoned(config, options.tokens)
-    top = peak_operations()
+    top = peak_flops(torch.cuda.get_device_name())
     return {
         "update_s": update_s,
         "tokens_per_s": options.tokens / update_s,
@@ -132,6 +162,7 @@ def measure(
         "peak_gib": peak,
         "plan_gib": plan_gib,
         "losses": losses,
+        "logprobs": logprobs,
     }
 
 
@@ -146,18 +177,71 @@ def reckoned(config: Config, tokens: int) -> tuple[float, float]:
     return matmul + attention, (ledger.total - ledger.reserve) / 2**30
 
 
-def peak_operations() -> float:
-    """Of this GPU in bf16, per second; 0 if the table lacks it."""
-    name = torch.cuda.get_device_name()
-    known = [gpu for gpu in GPUS.values() if gpu.name.split("-")[0] in name]
-    return known[0].bf16_tflops * 1e12 if known else 0.0
+def heads_of(hf: HfModelConfig) -> Heads:
+    """Of the model's attention layers."""
+    return Heads(hf.num_heads, hf.num_kv_heads, hf.head_dim)
+
+
+def lengths_of(tokens: int) -> list[int]:
+    """Lengths like those of a step, shrunk so that about twelve fill a row of so many tokens."""
+    drawn = itertools.chain.from_iterable(matpo_step(0, 64))
+    lengths: list[int] = []
+    for length in drawn:
+        lengths.append(max(1, min(length * tokens // (12 * MEAN_TOKENS), tokens - sum(lengths))))
+        if sum(lengths) == tokens:
+            break
+    return lengths
+
+
+def compare_attention(
+    heads: Heads, lengths: Sequence[int], rounds: int
+) -> dict[str, dict[str, float]]:
+    """The forms of the same attention, in bf16."""
+    forms = {
+        "packed": gpu_attention.engines(heads),
+        "alone": gpu_attention.engines_alone(heads),
+        "padded": gpu_attention.engines_padded(heads),
+        "local": gpu_attention.ours(heads),
+    }
+    row, starts = gpu_attention.random_row(heads, lengths), gpu_attention.offsets(lengths)
+    outputs = {name: form(*row, starts).detach() for name, form in forms.items()}
+    seconds = {name: seconds_of(form, row, starts, rounds) for name, form in forms.items()}
+    return {
+        name: {
+            "seconds": seconds[name],
+            "speedup": seconds[name] / seconds["packed"],
+            "difference": float((outputs[name] - outputs["packed"]).abs().max()),
+        }
+        for name in forms
+    }
+
+
+def seconds_of(form: Attention, row: Sequence[Tensor], starts: Tensor, rounds: int) -> float:
+    """Median of forward and backward pass."""
+    taken: list[float] = []
+    for _ in range(WARM_UP + rounds):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        torch.autograd.grad(form(*row, starts).sum(), list(row))
+        torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[WARM_UP:])
 
 
 def summary(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The JSON object."""
-    base = results.get("bf16")
-    fp8 = [result for name, result in results.items() if name != "bf16"]
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "precisions": results}
+    base, local = results.get("bf16"), results.get("bf16 local")
+    fp8 = [result for name, result in results.items() if name.startswith("fp8")]
+    shown = {
+        name: {key: value for key, value in result.items() if key != "logprobs"}
+        for name, result in results.items()
+    }
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "precisions": shown}
+    if base and local:
+        distance = (base["logprobs"] - local["logprobs"]).abs()
+        found["engine_speedup"] = local["update_s"] / base["update_s"]
+        found["engine_logprob_max"] = float(distance.max())
+        found["engine_logprob_mean"] = float(distance.mean())
     if base and fp8:
         found["fp8_speedup"] = base["update_s"] / min(result["update_s"] for result in fp8)
         found["fp8_loss_distance"] = max(

@@ -42,7 +42,8 @@ pip_install() { # pip_install DIRECTORY ARGUMENT...
 make_trainer() { # make_trainer STAMP
     rm -f .venv/.matpo-stamp
     [[ -x .venv/bin/python ]] || "$python" -m venv .venv
-    pip_install .venv -r requirements/trainer-cpu.txt
+    pip_install .venv -r requirements/trainer-cpu.txt -r requirements/launch.txt
+    pip_install .venv --no-deps -r requirements/launch-nodeps.txt
     pip_install .venv --no-build-isolation --no-deps -e .
     echo "$1" >.venv/.matpo-stamp
 }
@@ -71,7 +72,8 @@ make_serper() { # make_serper STAMP
     echo "$1" >tools/serper/node_modules/.matpo-stamp
 }
 
-trainer_stamp="$(stamp_of tools/setup.sh pyproject.toml requirements/trainer-cpu.txt)"
+trainer_stamp="$(stamp_of tools/setup.sh pyproject.toml requirements/trainer-cpu.txt \
+    requirements/launch.txt requirements/launch-nodeps.txt)"
 rollout_stamp="$(stamp_of tools/setup.sh requirements/rollout-cpu.txt requirements/rollout-cpu-nodeps.txt)"
 serper_stamp="$(stamp_of tools/serper/package.json tools/serper/package-lock.json)"
 

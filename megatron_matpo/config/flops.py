@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and what devices can do. Pure arithmetic.
+"""Floating-point operations of a training step. Pure arithmetic; peaks are in `gpus.py`.
 
 Counted: the two operations of every multiply-add in matrix products, embedding look-up, norms and
 softmax not. Forward pass of a sequence of s tokens, n of which are trained, with L layers, hidden
@@ -23,20 +23,6 @@ from dataclasses import dataclass
 
 from megatron_matpo.config.hf_model import HfModelConfig
 
-# Substrings of CUDA's device names, the first that fits; bf16 without sparsity, 10^12 FLOP/s.
-# Sources: NVIDIA's data sheets of A100 (2021), H100 (2023: SXM, PCIe and NVL differ) and H200
-# (2024). A800 and H800 are A100 and H100 with slower NVLink.
-_PEAK_TFLOPS = (
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("H100 PCIe", 756.0),
-    ("H800 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H200 NVL", 835.0),
-    ("H100", 989.0),
-    ("H800", 989.0),
-    ("H200", 989.0),
-)
 _BACKWARD_AND_FORWARD = 3
 
 
@@ -104,15 +90,3 @@ def forward_flops(shape: Shape, lengths: Sequence[int], num_trained: int) -> int
 def training_flops(shape: Shape, lengths: Sequence[int], num_trained: int) -> int:
     """Of forward and backward pass, recomputation left out."""
     return _BACKWARD_AND_FORWARD * forward_flops(shape, lengths, num_trained)
-
-
-def peak_flops(device_name: str, *, is_fp8: bool = False) -> float:
-    """Dense FLOP/s of a device by CUDA's name for it; 0 if it is not in the table.
-
-    FP8 doubles it where there is FP8 (not on A100 and A800).
-    """
-    for name, tflops in _PEAK_TFLOPS:
-        if name in device_name:
-            doubled = is_fp8 and not name.startswith("A")
-            return tflops * 1e12 * (2 if doubled else 1)
-    return 0.0

@@ -8,7 +8,7 @@ Sources, per column:
   H200: the 143,771 MiB of nvidia-smi less the 0.55 GiB by which the two differ on an H100 (139.85);
 * bf16 and fp8: dense tensor-core peaks of the NVIDIA data sheets of A100 (312), H100 SXM and H200
   SXM (989 and 1,979: half of the figures "with sparsity"); A800 and H800 have the cores of A100 and
-  H100;
+  H100; the boards PCIe and NVL have a line of their own in the data sheets of H100 and H200;
 * capability: developer.nvidia.com/cuda-gpus;
 * NVLink, both directions together: the same data sheets (600, 900); A800 and H800 are cut to
   400 GB/s (A800: NVIDIA's statement to Reuters, November 2022; H800: arXiv:2505.09343, section 4).
@@ -49,6 +49,9 @@ GPUS: dict[str, Gpu] = {
     )
 }
 
+_SLOWER_BOARDS = (("H100 PCIe", 756), ("H800 PCIe", 756), ("H100 NVL", 835), ("H200 NVL", 835))
+"""Parts of CUDA's names of boards with the chip of a row above at a lower clock; bf16 peaks."""
+
 
 def check_gpu_name(name: str) -> str:
     """What is wrong with `cluster.gpu=name`; empty if nothing is."""
@@ -69,3 +72,17 @@ def find_gpu(name: str) -> Gpu | None:
     if problem := check_gpu_name(name):
         raise ConfigError(problem)
     return GPUS.get(name)
+
+
+def peak_flops(device_name: str, *, is_fp8: bool = False) -> float:
+    """Dense FLOP/s of a device by CUDA's name for it; 0 if it is not in the table.
+
+    Without FP8 tensor cores `is_fp8` changes nothing.
+    """
+    for board, bf16_tflops in _SLOWER_BOARDS:
+        if board in device_name:
+            return bf16_tflops * 1e12 * (2 if is_fp8 else 1)
+    for gpu in GPUS.values():
+        if gpu.name.split("-")[0] in device_name:
+            return 1e12 * (gpu.fp8_tflops if is_fp8 and gpu.fp8_tflops else gpu.bf16_tflops)
+    return 0.0

@@ -153,7 +153,7 @@ def _divisors(*numbers: int) -> str:
     return ", ".join(str(d) for d in allowed)
 
 
-def check_layout(hf: HfModelConfig, parallel: ParallelConfig) -> list[str]:
+def check_layout(hf: HfModelConfig, parallel: ParallelConfig, *, on_gpu: bool = False) -> list[str]:
     """All reasons why the trainer cannot split this model as `parallel` says; empty if it can.
 
     Each line names the dotted path, the value, the number that it must divide, and what is allowed.
@@ -166,6 +166,7 @@ def check_layout(hf: HfModelConfig, parallel: ParallelConfig) -> list[str]:
         *_tensor_problems(hf, parallel.tensor),
         *_pipeline_problems(hf, parallel),
         *_expert_problems(hf, parallel),
+        *(_context_problems(hf, parallel) if on_gpu else ()),
     ]
 
 
@@ -212,6 +213,20 @@ def _pipeline_problems(hf: HfModelConfig, parallel: ParallelConfig) -> Iterator[
         yield (
             f"parallel.virtual={parallel.virtual}: does not divide the {per_stage} layers of a "
             f"pipeline stage of {name}; allowed: {_divisors(per_stage)}"
+        )
+
+
+def _context_problems(hf: HfModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """What Transformer Engine's attention lacks.
+
+    Source: its `context_parallel.py`, `attn_forward_func_with_cp`: windows only where keys and
+    values are exchanged by `a2a` or `all_gather`, and both of these refuse packed rows (`thd`).
+    """
+    if parallel.context > 1 and hf.sliding_window is not None:
+        yield (
+            f"parallel.context={parallel.context}: {Path(hf.folder).name} attends to a window of "
+            f"{hf.sliding_window} tokens (sliding_window), which Transformer Engine cannot split "
+            "over ranks in packed rows; use 1 and more parallel.tensor or parallel.pipeline"
         )
 
 

@@ -1,9 +1,11 @@
-"""Reads a recipe: YAML files chained by `base:`, then dotted overrides, into a frozen `Config`.
+"""Reads a recipe: YAML files joined by `base:`, then dotted overrides, into a frozen `Config`.
 
 Rules:
 
-* `base:` names another recipe, relative to the file that holds it; mappings merge key by key,
-  lists and values replace what the base says; cycles are refused;
+* `base:` names another recipe, or a list of them, relative to the file that holds it; mappings
+  merge key by key, lists and values replace what the base says; of a list, later bases win over
+  earlier ones; a file that several bases share counts once, where it comes first; cycles are
+  refused;
 * overrides are `dotted.key=value` with YAML values (`agents.main.tools=[search,browser]`);
 * `${other.key}` refers to another value; resolvers such as `${oc.env:NAME}` are refused, because
   the resolved configuration is written to disk and must never hold a secret;
@@ -15,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -98,23 +100,38 @@ def _merge(layers: list[dict[str, Any]], problems: list[str]) -> Config:
 
 
 def _read_chain(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file, content) of the recipe and its bases, the outermost base first."""
-    chain: list[tuple[str, dict[str, Any]]] = []
-    seen: list[Path] = []
-    while True:
-        resolved = path.resolve()
-        if resolved in seen:
-            names = " -> ".join(str(item) for item in [*seen, resolved])
-            raise ConfigError(f"base: the recipes refer to each other in a circle: {names}")
-        seen.append(resolved)
-        raw = _read_yaml(path, wanted_by=chain[-1][0] if chain else "")
-        base = raw.pop(_BASE, None)
-        chain.append((str(path), raw))
-        if base is None:
-            return chain[::-1]
-        if not isinstance(base, str) or not base:
-            raise ConfigError(f"base={base!r}: expected the path of a recipe (in {path})")
-        path = path.parent / base
+    """(file, content) of the recipe and all its bases, each once, before what builds on it."""
+    chain: dict[Path, tuple[str, dict[str, Any]]] = {}
+    _read_with_bases(path, (), chain)
+    return list(chain.values())
+
+
+def _read_with_bases(
+    path: Path, wanted_by: tuple[Path, ...], chain: dict[Path, tuple[str, dict[str, Any]]]
+) -> None:
+    """Add the bases of `path`, then `path`, to `chain`; `wanted_by` leads from the recipe to it."""
+    if path.resolve() in [item.resolve() for item in wanted_by]:
+        names = " -> ".join(str(item.resolve()) for item in (*wanted_by, path))
+        raise ConfigError(f"base: the recipes refer to each other in a circle: {names}")
+    if path.resolve() in chain:
+        return
+    raw = _read_yaml(path, wanted_by=str(wanted_by[-1]) if wanted_by else "")
+    for base in _bases(raw.pop(_BASE, None), path):
+        _read_with_bases(path.parent / base, (*wanted_by, path), chain)
+    chain[path.resolve()] = (str(path), raw)
+
+
+def _bases(value: object, path: Path) -> list[str]:
+    """What `base:` names."""
+    if value is None:
+        return []
+    items = cast(list[object], value) if isinstance(value, list) else [value]
+    bases = [item for item in items if isinstance(item, str) and item]
+    if not bases or len(bases) < len(items):
+        raise ConfigError(
+            f"base={value!r}: expected the path of a recipe, or a list of them (in {path})"
+        )
+    return bases
 
 
 def _read_yaml(path: Path, wanted_by: str) -> dict[str, Any]:

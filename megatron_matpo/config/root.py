@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.algo import AlgoConfig
@@ -61,3 +62,14 @@ class Config:
     def run_dir(self) -> str:
         """Folder of the run: `RUN.DIR/RUN.NAME`."""
         return f"{self.run.dir}/{self.run.name}"
+
+    @property
+    def command(self) -> Literal["train", "sft", "eval"]:
+        """What the recipe has data for: `train`, `sft` or `eval`."""
+        return "eval" if self.is_evaluation else "sft" if self.sft.data else "train"
+
+    @property
+    def is_evaluation(self) -> bool:
+        """The recipe has questions to evaluate and none to train on: it is for `matpo eval`."""
+        has_training = self.data.train or self.rollout.replay or self.sft.data
+        return bool(self.eval.sets) and not has_training

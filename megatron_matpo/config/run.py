@@ -19,7 +19,13 @@ class RunConfig:
     stop_grace_s: float = 10.0
     """How long a role may take to stop on SIGTERM before it is killed."""
     start_timeout_s: float = 300.0
-    """How long all roles together may take to become ready."""
+    """How long all roles together may take to become ready; also how long nodes wait for each other
+    before anything starts."""
+    save_on_stop: bool = False
+    """SIGTERM saves a checkpoint before it stops the run, as SIGUSR1 always does; the command then
+    ends with exit code 75. For schedulers that announce preemption and time limits."""
+    save_timeout_s: float = 900.0
+    """How long the trainer may take, once asked, to finish its update, save and end."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,17 @@ class ClusterConfig:
     gpus_per_node: int = 0
     """0 means the CPU platform (gloo, fp32, small models)."""
     host: str = "127.0.0.1"
-    """Address that this node's servers bind to: loopback, or the cluster's own interface."""
+    """Address that this node's servers bind to, on one node; `interface` goes before it."""
+    interface: str = ""
+    """Network interface whose IPv4 address servers bind to, as `ib0`, and that NCCL and gloo use
+    for their own meetings. Needed with several nodes."""
+    trainer_nodes: int = 0
+    """Nodes that train, the first ones; 0: as many as the ranks need (without GPUs: one)."""
+    placement: str = "disaggregated"
+    """`disaggregated`: trainer and engines on GPUs of their own; `colocated`: on the same ones, in
+    turns (so far for `matpo plan` and dry runs only)."""
+    node_timeout_s: float = 120.0
+    """How long a node may be silent before the others stop the run."""
     gpu: str = ""
     """Model of the GPUs, as `config/gpus.py` names it; empty asks the driver."""
     base_port: int = 0

@@ -21,8 +21,12 @@ _RESOLVER = re.compile(r"\$\{[^}]*:")
 _ANY_NAME = "<name>"
 
 
-def check_mapping(cls: type, raw: dict[Any, Any], path: str) -> tuple[dict[str, Any], list[str]]:
+def check_mapping(
+    cls: type, raw: dict[Any, Any], path: str, root: type = Config
+) -> tuple[dict[str, Any], list[str]]:
     """Compare `raw` with the dataclass `cls` whose dotted path is `path`.
+
+    `root` is the whole schema, where names are looked for that may have been meant.
 
     Returns:
         The part of `raw` that fits, and one line per violation.
@@ -34,9 +38,9 @@ def check_mapping(cls: type, raw: dict[Any, Any], path: str) -> tuple[dict[str, 
         where = _join(path, key)
         if key not in hints:
             for leaf, leaf_value in flatten(value, where):
-                problems.append(_unknown(leaf, leaf_value, where, path, list(hints)))
+                problems.append(_unknown(leaf, leaf_value, where, path, list(hints), root))
             continue
-        kept, wrong = _check(hints[key], value, where)
+        kept, wrong = _check(hints[key], value, where, root)
         problems += wrong
         if not wrong or kept is not None:
             clean[key] = kept
@@ -68,17 +72,17 @@ def known_paths(cls: type = Config, path: str = "") -> list[str]:
     return paths
 
 
-def _check(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
+def _check(hint: Any, value: Any, path: str, root: type) -> tuple[Any, list[str]]:
     """Check one value; returns (what to keep or None, violations)."""
     if isinstance(value, str) and _RESOLVER.search(value):
         text = "resolvers such as ${oc.env:...} are not allowed; only ${section.key} is"
         return None, [f"{path}={value}: {text}"]
     if dataclasses.is_dataclass(hint):
         assert isinstance(hint, type)
-        return _check_section(hint, value, path)
+        return _check_section(hint, value, path, root)
     origin = get_origin(hint)
     if origin is dict:
-        return _check_dict(get_args(hint)[1], value, path)
+        return _check_dict(get_args(hint)[1], value, path, root)
     if isinstance(value, str) and "${" in value:
         return value, []
     if origin is list:
@@ -86,17 +90,17 @@ def _check(hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
     return _check_scalar(hint, value, path)
 
 
-def _check_section(cls: type, value: Any, path: str) -> tuple[Any, list[str]]:
+def _check_section(cls: type, value: Any, path: str, root: type) -> tuple[Any, list[str]]:
     if value is None:
         return {}, []
     raw = _mapping(value)
     if raw is None:
         keys = ", ".join(list(_hints(cls))[:4])
         return None, [f"{path}={value}: expected a mapping with keys such as {keys}"]
-    return check_mapping(cls, raw, path)
+    return check_mapping(cls, raw, path, root)
 
 
-def _check_dict(item_hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
+def _check_dict(item_hint: Any, value: Any, path: str, root: type) -> tuple[Any, list[str]]:
     if value is None:
         return {}, []
     raw = _mapping(value)
@@ -109,7 +113,7 @@ def _check_dict(item_hint: Any, value: Any, path: str) -> tuple[Any, list[str]]:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             problems.append(f"{where}: a name consists of letters, digits, '_' and '-'")
             continue
-        kept, wrong = _check(item_hint, item, where)
+        kept, wrong = _check(item_hint, item, where, root)
         problems += wrong
         if kept is not None:
             clean[name] = kept
@@ -163,7 +167,9 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _unknown(path: str, value: Any, where: str, parent: str, siblings: list[str]) -> str:
+def _unknown(
+    path: str, value: Any, where: str, parent: str, siblings: list[str], root: type
+) -> str:
     """Text for an unknown key: the nearest sibling, else the nearest setting anywhere."""
     rest = path[len(where) :]
     key = where[len(parent) + 1 :] if parent else where
@@ -171,11 +177,11 @@ def _unknown(path: str, value: Any, where: str, parent: str, siblings: list[str]
     if close:
         meant = _join(parent, close[0]) + rest
         if rest:
-            meant = (difflib.get_close_matches(meant, known_paths(), n=1) or [meant])[0]
+            meant = (difflib.get_close_matches(meant, known_paths(root), n=1) or [meant])[0]
         return f"{path}={_show(value)}: no such key; did you mean {meant}?"
     leaf = path.rsplit(".", 1)[-1]
-    named = [known for known in known_paths() if known.rsplit(".", 1)[-1] == leaf]
-    near = named or difflib.get_close_matches(path, known_paths(), n=1, cutoff=0.6)
+    named = [known for known in known_paths(root) if known.rsplit(".", 1)[-1] == leaf]
+    near = named or difflib.get_close_matches(path, known_paths(root), n=1, cutoff=0.6)
     if near:
         return f"{path}={_show(value)}: no such key; did you mean {near[0]}?"
     allowed = ", ".join(sorted(siblings))

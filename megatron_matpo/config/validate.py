@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_matpo.config.gpus import check_gpu_name
-from megatron_matpo.config.plan import num_ports
+from megatron_matpo.config.plan import check_placement, num_ports
 from megatron_matpo.config.precision import FP8_RECIPES, PRECISIONS, check_precision
 from megatron_matpo.config.reward import GRADERS
 from megatron_matpo.config.root import Config
@@ -39,6 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "reward.grader": GRADERS,
     "reward.judge.max_tokens_field": ("max_tokens", "max_completion_tokens"),
     "weight_sync.transport": ("broadcast", "none"),
+    "cluster.placement": ("disaggregated", "colocated"),
     "algo.baseline": ("group_mean", "leave_one_out"),
     "algo.aggregation": ("token", "trajectory", "episode"),
     "algo.kl_estimator": ("k1", "k2", "k3"),
@@ -57,6 +58,7 @@ _AT_LEAST: dict[str, float] = {
     "run.stop_grace_s": 0,
     "cluster.num_nodes": 1,
     "cluster.gpus_per_node": 0,
+    "cluster.trainer_nodes": 0,
     "parallel.tensor": 1,
     "parallel.pipeline": 1,
     "parallel.virtual": 1,
@@ -111,6 +113,8 @@ _AT_LEAST: dict[str, float] = {
 # Dotted paths of values that must be greater than 0.
 _POSITIVE = (
     "run.start_timeout_s",
+    "run.save_timeout_s",
+    "cluster.node_timeout_s",
     "rollout.temperature",
     "rollout.request_timeout_s",
     "rollout.episode_timeout_s",
@@ -168,13 +172,12 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
     problems = [*check_values(config), *_check_supported(config), *_check_model(config, command)]
     if command == "train":
         problems += _check_train(config)
-    if command in ("train", "eval"):
-        problems += _check_gpus(config, command)
-        if command == "eval" or not config.rollout.replay:
-            problems += [*check_planner(config), *check_agent_limits(config)]
-            problems += _check_rollout(config)
-            problems += [*_check_programs(config), *check_tool_machine(config)]
-            problems += check_judge_key(config)
+    problems += _check_machines(config, command)
+    if command == "eval" or (command == "train" and not config.rollout.replay):
+        problems += [*check_planner(config), *check_agent_limits(config)]
+        problems += _check_rollout(config)
+        problems += [*_check_programs(config), *check_tool_machine(config)]
+        problems += check_judge_key(config)
     return problems
 
 
@@ -248,18 +251,14 @@ def _check_run(config: Config) -> Iterator[str]:
             f"{config.run.start_timeout_s:g}: ranks wait in a collective while rank 0 waits "
             "for the engines"
         )
-    if 0 < config.cluster.base_port > _LAST_PORT + 1 - num_ports(config):
+    needed = num_ports(config)
+    if 0 < config.cluster.base_port > _LAST_PORT + 1 - needed:
         yield (
-            f"cluster.base_port={config.cluster.base_port}: the run needs {num_ports(config)} "
-            f"consecutive ports, so at most {_LAST_PORT + 1 - num_ports(config)}"
+            f"cluster.base_port={config.cluster.base_port}: the run needs {needed} "
+            f"consecutive ports, so at most {_LAST_PORT + 1 - needed}"
         )
     if config.rollout.top_k != -1 and config.rollout.top_k < 1:
         yield f"rollout.top_k={config.rollout.top_k}: -1 (off) or at least 1"
-    if config.rollout.max_staleness > 0:
-        yield (
-            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
-            "step's tokens come from the newest weights) is supported"
-        )
 
 
 def _check_gpu(config: Config) -> Iterator[str]:
@@ -269,8 +268,11 @@ def _check_gpu(config: Config) -> Iterator[str]:
 
 def _check_supported(config: Config) -> Iterator[str]:
     """What `matpo plan` can reckon with but no run can do."""
-    if config.cluster.num_nodes > 1:
-        yield f"cluster.num_nodes={config.cluster.num_nodes}: only 1 node is supported"
+    if config.cluster.placement == "colocated":
+        yield (
+            "cluster.placement=colocated: trainer and engines cannot share GPUs yet (`matpo plan` "
+            "and `matpo launch --dry-run` reckon with it); use disaggregated"
+        )
 
 
 def _check_parallel(config: Config) -> Iterator[str]:
@@ -293,6 +295,12 @@ def _check_rollout(config: Config) -> Iterator[str]:
 
 
 def _check_train(config: Config) -> Iterator[str]:
+    if config.rollout.max_staleness > 0:
+        yield (
+            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
+            "step's tokens come from the newest weights) is supported by a run; planning and dry "
+            "runs accept it"
+        )
     data, algo = config.data, config.algo
     episodes = data.prompts_per_step * data.samples_per_prompt
     if algo.updates_per_step > episodes:
@@ -308,18 +316,15 @@ def _check_train(config: Config) -> Iterator[str]:
         yield f"rollout.replay={config.rollout.replay}: no such folder"
 
 
-def _check_gpus(config: Config, command: Command) -> Iterator[str]:
-    if config.cluster.device == "cpu":
-        return
-    ranks = config.parallel.world_size if command == "train" else 0
-    engines = config.rollout.num_servers * config.rollout.tensor
-    engines = 0 if command == "train" and config.rollout.replay else engines
-    if ranks + engines > config.cluster.gpus_per_node:
-        trainer = f"{ranks} trainer ranks (parallel.*) and " if ranks else ""
+def _check_machines(config: Config, command: Command) -> Iterator[str]:
+    """Roles fit on the nodes and can reach each other."""
+    cluster = config.cluster
+    has_engines = command == "eval" or (command == "train" and not config.rollout.replay)
+    yield from check_placement(config, has_trainer=command != "eval", has_engines=has_engines)
+    if cluster.num_nodes > 1 and not cluster.interface:
         yield (
-            f"cluster.gpus_per_node={config.cluster.gpus_per_node}: the run needs "
-            f"{ranks + engines}: {trainer}{engines} for engines "
-            "(rollout.num_servers * rollout.tensor)"
+            f"cluster.num_nodes={cluster.num_nodes}: several nodes need cluster.interface, the "
+            "network interface they reach each other through (`ip -brief address` lists them)"
         )
 
 
@@ -352,7 +357,7 @@ def _check_layout(config: Config, command: Command) -> Iterator[str]:
         yield str(error)
         return
     if command != "eval":
-        yield from check_layout(hf, config.parallel)
+        yield from check_layout(hf, config.parallel, on_gpu=config.cluster.device == "cuda")
         layers, stage = config.fp8.first_last_layers_bf16, hf.num_layers // config.parallel.pipeline
         if layers > stage:
             yield (

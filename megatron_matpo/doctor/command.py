@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from megatron_matpo.config.load import collect_recipe
 from megatron_matpo.config.validate import check_values
-from megatron_matpo.doctor.allocation import this_node
 from megatron_matpo.doctor.catalogue import CHECKS
 from megatron_matpo.doctor.lines import Check, Line, Mode, Site
 from megatron_matpo.doctor.nodes import Clock, check_alone, exit_code, follow, label_of, lead
 from megatron_matpo.doctor.services import secrets
 from megatron_matpo.doctor.text import as_json, as_text, without_secrets
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch.nodes import this_node
 
 _GRACE_S = 5.0
 """Children have the same deadline, and a check can say more about them than its own deadline."""

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_matpo.doctor.allocation import Node
 from megatron_matpo.errors import DeadlineError
+from megatron_matpo.launch.nodes import Node
 
 _POLL_S = 0.1
 _CONNECT_TIMEOUT_S = 2.0

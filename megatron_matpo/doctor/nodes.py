@@ -7,13 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
 
-from megatron_matpo.doctor.allocation import Node
 from megatron_matpo.doctor.disk import standing
 from megatron_matpo.doctor.groups import Outcome, as_message, rank_settings, report, run_ranks
 from megatron_matpo.doctor.lines import Line, Site
 from megatron_matpo.doctor.meeting import Host, Link, Message, Peer, PeerLostError, join
 from megatron_matpo.doctor.network import own_addresses
 from megatron_matpo.errors import ConfigError, DeadlineError
+from megatron_matpo.launch.nodes import Node
 from megatron_matpo.launch.ports import free_ports
 
 _NUM_PINGS = 5

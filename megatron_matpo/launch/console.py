@@ -20,15 +20,16 @@ _ERASE = "\r\x1b[2K"
 class Console:
     """Writes to one stream; without a terminal only permanent lines appear."""
 
-    def __init__(self, stream: TextIO) -> None:
-        """`stream` is usually standard output."""
-        self._stream = stream
+    def __init__(self, stream: TextIO, prefix: str = "") -> None:
+        """`stream` is usually standard output; `prefix` begins every line of text."""
+        self._stream, self._prefix = stream, prefix
         self._is_tty = stream.isatty()
         self._has_transient = False
 
     def line(self, text: str) -> None:
         """Print a permanent line (or several)."""
-        self._write(self._clearing() + text + "\n")
+        lines = "\n".join(self._prefix + line for line in text.split("\n"))
+        self._write(self._clearing() + lines + "\n")
 
     def transient(self, text: str) -> None:
         """Replace the live line; nothing without a terminal."""

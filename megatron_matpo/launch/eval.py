@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from megatron_matpo.config.load import load_resolved
-from megatron_matpo.config.plan import make_plan, num_ports
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import collect_warnings
 from megatron_matpo.data.dataset import read_questions
@@ -28,12 +27,9 @@ from megatron_matpo.evaluation.inputs import (
 )
 from megatron_matpo.evaluation.report import JSON_FILE, TEXT_FILE, write_report
 from megatron_matpo.launch.console import Console
-from megatron_matpo.launch.guard import run_guarded
-from megatron_matpo.launch.ports import free_ports
-from megatron_matpo.launch.preflight import check_recipe
-from megatron_matpo.launch.roles import plan_roles
+from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.run_folder import CONFIG_FILE, changed_settings, open_run_folder
-from megatron_matpo.launch.supervisor import Limits, Supervisor
+from megatron_matpo.launch.start import NoView, Start, check_on_node, follow, lead, supervise
 from megatron_matpo.obs.progress import format_duration
 from megatron_matpo.obs.status import read_status
 
@@ -92,45 +88,57 @@ def evaluate(request: EvalRequest) -> int:
 
     Raises:
         ConfigError: nothing was started; one line for every violation.
-        MatpoError: the run folder is in use, or a port is taken; nothing was started.
+        MatpoError: the run folder is in use, a port is taken, or another node gave up; nothing was
+            started.
     """
-    config = check_recipe(request.recipe, request.all_overrides(), "eval")
-    console = Console(sys.stdout)
+    config, meeting = check_on_node(request.recipe, request.all_overrides(), "eval")
+    with meeting.explaining():
+        if not meeting.node.is_leader:
+            start = follow(config, meeting, has_trainer=False)
+            console = Console(sys.stdout, prefix=f"{meeting.name_of(meeting.node.index)}: ")
+            if start is None:
+                return 0
+            return supervise(start, "eval", console, NoView(), lambda code: None)
+        console = Console(sys.stdout)
+        start = _begin(config, meeting, console, accept_changes=request.accept_changes)
+    if start is None:
+        meeting.leave(0, "nothing is missing")
+        return 0
+    began = time.monotonic()
+
+    def after(code: int) -> None:
+        if code == 0:
+            elapsed = format_duration(time.monotonic() - began)
+            where = f"{config.run_dir}/{FOLDER}/{JSON_FILE}"
+            console.line(_report(start.run_dir) + f"done in {elapsed}; results in {where}")
+
+    return supervise(start, "eval", console, EvalView(start.run_dir, console), after)
+
+
+def _begin(
+    config: Config, meeting: Meeting, console: Console, *, accept_changes: bool
+) -> Start | None:
+    """The leader's part before any role starts; None if no episode is missing."""
     for warning in collect_warnings(config, command="eval"):
         console.line(f"warning: {warning}")
     path = Path(config.run_dir).resolve()
-    inputs = _checked_inputs(config, path, accept_changes=request.accept_changes)
-    folder, is_resumed = open_run_folder(config, "eval", accept_changes=request.accept_changes)
+    inputs = _checked_inputs(config, path, accept_changes=accept_changes)
+    folder, is_resumed = open_run_folder(config, "eval", accept_changes=accept_changes)
     write_inputs(folder.path, inputs)
     sets = open_sets(config, folder.path)
     if not any(item.missing() for item in sets):
         write_report(config, folder.path, sets)
         console.line(_report(folder.path) + f"nothing is missing in {config.run_dir}")
-        return 0
+        return None
     for name in (TEXT_FILE, JSON_FILE):  # of an earlier start that asked for less
         (folder.path / FOLDER / name).unlink(missing_ok=True)
-    ports = free_ports(config.cluster.host, num_ports(config), config.cluster.base_port)
-    plan = make_plan(config, ports, has_trainer=False)
-    folder.write_plan(plan)
+    start = lead(config, folder, meeting, has_trainer=False)
     count, names = config.rollout.num_servers, ", ".join(config.eval.named_sets)
     console.line(
         f"{'resuming' if is_resumed else 'starting'} {config.run_dir} on {config.cluster.device}: "
         f"{count} engine{'s' * (count > 1)} with {config.model.path}, evaluating {names}"
     )
-
-    def supervise() -> int:
-        started = time.monotonic()
-        roles = plan_roles(config, plan, folder.path, "eval")
-        limits = Limits(config.run.start_timeout_s, config.run.stop_grace_s)
-        view = EvalView(folder.path, console)
-        code = Supervisor(folder.path, roles, limits, console, view).run()
-        if code == 0:
-            elapsed = format_duration(time.monotonic() - started)
-            where = f"{config.run_dir}/{FOLDER}/{JSON_FILE}"
-            console.line(_report(folder.path) + f"done in {elapsed}; results in {where}")
-        return code
-
-    return run_guarded(supervise, config.run.stop_grace_s)
+    return start
 
 
 def _report(run_dir: Path) -> str:

@@ -6,7 +6,7 @@ The command forks at once: the parent (guard) only waits, the child supervises t
 * The supervisor dies: its descendants become the guard's, which stops them all.
 
 The supervisor has a session of its own: a SIGKILL of the terminal's process group cannot take both.
-The guard passes SIGINT, SIGTERM and SIGHUP on.
+The guard passes the signals of `launch.stopping` on.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from types import FrameType
 
 from megatron_matpo.errors import MatpoError
 from megatron_matpo.launch.process import become_subreaper, die_with_parent, stop_all
-
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from megatron_matpo.launch.stopping import SIGNALS
 
 
 def run_guarded(supervise: Callable[[], int], grace_s: float) -> int:
@@ -36,7 +35,7 @@ def run_guarded(supervise: Callable[[], int], grace_s: float) -> int:
     sys.stderr.flush()
     guard_pid = os.getpid()
     # Blocked until both sides have their handlers: no signal falls between fork and handler.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     supervisor_pid = os.fork()
     if supervisor_pid == 0:
         _be_supervisor(supervise, guard_pid)
@@ -45,13 +44,13 @@ def run_guarded(supervise: Callable[[], int], grace_s: float) -> int:
         with contextlib.suppress(ProcessLookupError):  # it may have ended just now
             os.kill(supervisor_pid, signal_number)
 
-    for number in _PASSED_ON:
+    for number in SIGNALS:
         # Under nohup SIGHUP is ignored, and stays so.
         if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
             signal.signal(number, pass_on)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     _, status = os.waitpid(supervisor_pid, 0)
-    for number in _PASSED_ON:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     code = os.waitstatus_to_exitcode(status)
     if code < 0:

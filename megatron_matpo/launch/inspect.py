@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use, previous_command
+from megatron_matpo.launch.slurm_state import slurm_lines
 from megatron_matpo.obs.failure import first_failure
 from megatron_matpo.obs.metrics_log import read_metrics
 from megatron_matpo.obs.progress import format_duration, format_progress
@@ -34,6 +35,7 @@ def status_text(run_dir: str) -> str:
     folder = _run_folder(run_dir)
     now = time.time()
     lines = [f"{run_dir}: {'running' if is_in_use(folder) else 'not running'}"]
+    lines += slurm_lines(folder)
     for status in read_status(folder):
         step = f" step {status.step}" if status.step >= 0 else ""
         since = format_duration(now - status.updated_at)

@@ -7,12 +7,13 @@ ended; the earliest recorded failure (`obs.failure`); the process that was seen 
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_matpo.launch.torchrun_files import EXITS_FILE
+from megatron_matpo.launch.torchrun_files import EXITS_FILES
 from megatron_matpo.obs.failure import Failure, first_failure
 from megatron_matpo.obs.status import read_status
 
@@ -50,10 +51,12 @@ class Origin:
     log_name: str
     exit_code: int = 1
 
-    def report(self, log: Path, skip_bytes: int) -> str:
+    def report(self, log: Path | None, skip_bytes: int) -> str:
         """A block of text with the last log lines; `skip_bytes` belong to earlier attempts."""
         where = f", phase {self.phase}" if self.phase else ""
         text = [f"first failure: {self.name}{where}", f"  {self.what}"]
+        if log is None:
+            return "\n".join(text)
         lines = last_lines(log, skip_bytes)
         if lines:
             text.append(f"last lines of {log}:")
@@ -137,12 +140,12 @@ def _from_record(failure: Failure) -> Origin:
 
 def _rank_exits(run_dir: Path) -> list[tuple[int, int]]:
     """(rank, exit code) of failed trainer ranks, the earliest first; -N for signal N."""
-    try:
-        text = (run_dir / "status" / EXITS_FILE).read_text()
-    except OSError:
-        return []
-    pairs = (line.split() for line in text.splitlines())
-    return [(int(rank), int(code)) for rank, code in pairs]
+    found: list[tuple[float, int, int]] = []
+    for path in (run_dir / "status").glob(EXITS_FILES):
+        with contextlib.suppress(OSError):
+            lines = (line.split() for line in path.read_text().splitlines())
+            found += [(float(time), int(rank), int(code)) for rank, code, time in lines]
+    return [(rank, code) for _, rank, code in sorted(found)]
 
 
 def _from_rank(run_dir: Path, rank: int, code: int) -> Origin:

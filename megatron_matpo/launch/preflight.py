@@ -11,18 +11,34 @@ from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, collect_violations
 from megatron_matpo.errors import ConfigError, DataError
 from megatron_matpo.launch.driver import ask_driver
+from megatron_matpo.launch.nodes import address_of
 from megatron_matpo.wire import recording_path
 
 
-def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
+def collect_problems(
+    recipe: str, overrides: list[str], command: Command
+) -> tuple[Config, list[str]]:
     """Load a recipe and check all that `command` needs on this machine.
 
+    Returns:
+        The configuration, and one line for every violation of any kind.
+
     Raises:
-        ConfigError: one line for every violation of any kind.
+        ConfigError: a file of the recipe cannot be read at all.
     """
     config, problems = collect_recipe(recipe, overrides)
     problems += collect_violations(config, command=command)
     problems += machine_violations(config, command)
+    return config, problems
+
+
+def check_recipe(recipe: str, overrides: list[str], command: Command) -> Config:
+    """As `collect_problems`.
+
+    Raises:
+        ConfigError: one line for every violation of any kind.
+    """
+    config, problems = collect_problems(recipe, overrides, command)
     if problems:
         raise ConfigError(format_problems(problems))
     return config
@@ -43,7 +59,7 @@ def machine_violations(config: Config, command: Command) -> list[str]:
         problems += _conversation_violations(config)
         problems += _export_violations(config.sft.export)
     problems += _template_violations(config.model.path)
-    problems += _host_violations(config.cluster.host)
+    problems += _host_violations(config)
     if command != "eval":
         problems += _precision_violations(config)
     return problems
@@ -147,12 +163,18 @@ def _precision_violations(config: Config) -> list[str]:
     return []
 
 
-def _host_violations(host: str) -> list[str]:
+def _host_violations(config: Config) -> list[str]:
     """The address must be one of this machine's own."""
+    host = config.cluster.host
     try:
+        if config.cluster.interface:
+            address_of(config.cluster)
+            return []
         family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.bind((host, 0))
+    except ConfigError as error:
+        return [str(error)]
     except OSError as error:
         return [f"cluster.host={host}: not an address of this machine ({error.strerror or error})"]
     return []

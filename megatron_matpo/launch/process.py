@@ -74,9 +74,16 @@ def start(name: str, argv: Sequence[str], env: Mapping[str, str], log: Path) -> 
             stdout=sink,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=lambda: die_with_parent(parent_pid),
+            preexec_fn=lambda: _begin(parent_pid),
         )
     return Child(name, process, log)
+
+
+def _begin(parent_pid: int) -> None:
+    """In the child, before it becomes its program."""
+    # A scheduler sends it to every process of a job; only the supervisor knows what to do.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    die_with_parent(parent_pid)
 
 
 def descendants(pid: int) -> list[int]:
@@ -110,19 +117,23 @@ def _process_table() -> dict[int, tuple[int, str]]:
 
 
 def stop_all(
-    children: Sequence[Child], grace_s: float, in_a_hurry: Callable[[], bool] = lambda: False
+    children: Sequence[Child],
+    grace_s: float,
+    in_a_hurry: Callable[[], bool] = lambda: False,
+    signals: Mapping[str, int] | None = None,
 ) -> list[int]:
     """Stop every descendant of this process: SIGTERM, up to `grace_s` seconds, then SIGKILL.
 
     The direct `children` are asked first, so that each can stop its own helpers in order; what is
     left when they have ended is asked next. The grace ends early when `in_a_hurry()` is true.
+    `signals` names children that are asked with another signal than SIGTERM.
 
     Returns:
         Process ids that had to be killed.
     """
     for child in children:
         if child.exit_code is None:
-            _send(child.process.pid, signal.SIGTERM)
+            _send(child.process.pid, (signals or {}).get(child.name, signal.SIGTERM))
     deadline = time.monotonic() + grace_s
     while any(child.exit_code is None for child in children):
         if time.monotonic() > deadline or in_a_hurry():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import runpy
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -24,7 +25,7 @@ def main() -> None:
     parser.add_argument("--entry", required=True)
     parser.add_argument("--parent", required=True, type=int)
     arguments = parser.parse_args()
-    die_with_parent(arguments.parent)
+    die_with_parent(arguments.parent, signal.SIGKILL)  # SIGTERM may be ignored
     rank = int(os.environ["RANK"])
     log = arguments.run_dir / "logs" / f"trainer-{rank}.log"
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)

@@ -1,4 +1,4 @@
-"""The roles of a run on this node: how each is started, and how to tell that it is ready.
+"""The roles of a run on one node: how each is started, and how to tell that it is ready.
 
 Secrets go from here to the roles by environment only: `MATPO_RUN_TOKEN` (manager and trainer),
 `MATPO_ENGINE_KEY` (engines and who talks to them). Variables that a tool server is given
@@ -10,17 +10,18 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import secrets
+import signal
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from megatron_matpo.config.plan import EnginePlace, Plan
+from megatron_matpo.config.plan import LEADER, EnginePlace, Plan
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command
+from megatron_matpo.launch.run_secrets import RunSecrets
 from megatron_matpo.obs.status import read_status
 
 _PROBE_TIMEOUT_S = 1.0
@@ -35,14 +36,6 @@ _ENTRIES: dict[Command, str] = {
 
 
 @dataclass(frozen=True)
-class RunSecrets:
-    """Made anew for every start of a run; never written, never logged."""
-
-    run_token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
-    engine_key: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
-
-
-@dataclass(frozen=True)
 class RoleSpec:
     """One process to start and watch."""
 
@@ -54,24 +47,38 @@ class RoleSpec:
     """Quick, does not raise, is asked repeatedly."""
     ends_run: bool = False
     """The run is over, successfully, when this process ends with exit code 0."""
+    may_end: bool = False
+    """It may end with exit code 0 before the run is over."""
+    is_needed_to_save: bool = False
+    """The run cannot save a checkpoint without it."""
+    stop_signal: int = signal.SIGTERM
+    """How it is asked to stop."""
 
 
-def plan_roles(config: Config, plan: Plan, run_dir: Path, command: Command) -> list[RoleSpec]:
-    """All roles of the run.
+def plan_roles(
+    config: Config,
+    plan: Plan,
+    run_dir: Path,
+    command: Command,
+    own: RunSecrets,
+    node: int = LEADER,
+) -> list[RoleSpec]:
+    """All roles of the run on `node`.
 
     Engines and manager, unless episodes are replayed or none are needed; and what the run is for:
     the trainer, or the evaluation.
     """
-    own = RunSecrets()
     roles: list[RoleSpec] = []
     if command == "eval" or (command == "train" and not config.rollout.replay):
-        roles += [_engine(config, place, own) for place in plan.engines]
-        roles.append(_manager(config, plan, run_dir, own))
-    if command == "eval":
+        roles += [_engine(config, place, own) for place in plan.engines if place.node == node]
+        if node == LEADER:
+            roles.append(_manager(config, plan, run_dir, own))
+    if command == "eval" and node == LEADER:
         roles.append(_evaluation(config, run_dir, own))
-    else:
-        roles.append(_trainer(config, plan, run_dir, _ENTRIES[command], own))
-    return roles
+    if command != "eval" and plan.trainer_ranks_per_node[node] > 0:
+        roles.append(_trainer(config, plan, run_dir, _ENTRIES[command], own, node))
+    settings = _settings(config, plan)
+    return [replace(role, env={**role.env, **settings}) for role in roles]
 
 
 def _engine(config: Config, place: EnginePlace, own: RunSecrets) -> RoleSpec:
@@ -90,7 +97,7 @@ def _manager(config: Config, plan: Plan, run_dir: Path, own: RunSecrets) -> Role
     return RoleSpec(
         name="manager",
         argv=(sys.executable, "-m", "megatron_matpo.rollout.manager", "--run-dir", str(run_dir)),
-        env={**os.environ, **_settings(config), **_secret_env(own)},
+        env={**os.environ, **_secret_env(own)},
         is_ready=lambda: manager_is_ready(plan.manager_url, own.run_token),
     )
 
@@ -105,14 +112,21 @@ def _evaluation(config: Config, run_dir: Path, own: RunSecrets) -> RoleSpec:
     )
 
 
-def _trainer(config: Config, plan: Plan, run_dir: Path, entry: str, own: RunSecrets) -> RoleSpec:
+def _trainer(
+    config: Config, plan: Plan, run_dir: Path, entry: str, own: RunSecrets, node: int
+) -> RoleSpec:
+    """One torchrun agent. The leader's is ready, and done, when all ranks are."""
     argv = [sys.executable, "-m", "megatron_matpo.launch.torchrun", "--run-dir", str(run_dir)]
+    is_leader, num_ranks = node == LEADER, sum(plan.trainer_ranks_per_node)
     return RoleSpec(
-        name="trainer",
-        argv=(*argv, "--entry", entry),
+        name="trainer" if is_leader else f"trainer-node-{node}",
+        argv=(*argv, "--entry", entry, "--node", str(node)),
         env={**_environment(config), **_secret_env(own)},
-        is_ready=lambda: trainer_is_ready(run_dir, sum(plan.trainer_ranks_per_node)),
-        ends_run=True,
+        is_ready=lambda: not is_leader or trainer_is_ready(run_dir, num_ranks),
+        ends_run=is_leader,
+        may_end=not is_leader,
+        is_needed_to_save=True,
+        stop_signal=signal.SIGINT if config.run.save_on_stop else signal.SIGTERM,
     )
 
 
@@ -165,18 +179,24 @@ def _environment(config: Config) -> dict[str, str]:
     """Our environment without what is meant for tool servers and judge only."""
     secret = {name for server in config.tools.servers.values() for name in server.env_from}
     secret.add(config.reward.judge.api_key_env)
-    kept = {name: value for name, value in os.environ.items() if name not in secret}
-    return {**kept, **_settings(config)}
+    return {name: value for name, value in os.environ.items() if name not in secret}
 
 
-def _settings(config: Config) -> dict[str, str]:
-    """Logs are complete when a process is killed; a proxy never sees the run's own traffic."""
+def _settings(config: Config, plan: Plan) -> dict[str, str]:
+    """What every role gets.
+
+    Logs are complete when a process is killed; a proxy never sees the run's own traffic; process
+    groups meet through the interface that the servers bind to.
+    """
     direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", "")]
-    direct += [config.cluster.host, "127.0.0.1", "localhost"]
+    direct += [*dict.fromkeys(plan.hosts), "127.0.0.1", "localhost"]
     names = ",".join(filter(None, direct))
+    interface = config.cluster.interface
+    meeting = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     return {
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         "NO_PROXY": names,
         "no_proxy": names,
+        **(meeting if interface else {}),
     }

@@ -5,51 +5,56 @@ from __future__ import annotations
 import sys
 import time
 
-from megatron_matpo.config.plan import make_plan, num_ports
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, collect_warnings
 from megatron_matpo.launch.console import Console, ProgressView
-from megatron_matpo.launch.guard import run_guarded
-from megatron_matpo.launch.ports import free_ports
-from megatron_matpo.launch.preflight import check_recipe
-from megatron_matpo.launch.roles import plan_roles
+from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.run_folder import open_run_folder
-from megatron_matpo.launch.supervisor import Limits, Supervisor
+from megatron_matpo.launch.start import NoView, Start, check_on_node, follow, lead, supervise
 from megatron_matpo.obs.progress import format_duration
 
 
 def run(
     command: Command, recipe: str, overrides: list[str], *, accept_changes: bool = False
 ) -> int:
-    """Run a recipe to its end and return the exit code (see `launch.supervisor`).
+    """Run this node's part of a recipe to the end; returns the exit code (`launch.supervisor`).
 
     Raises:
         ConfigError: nothing was started; one line for every violation.
-        MatpoError: the run folder is in use, or a port is taken; nothing was started.
+        MatpoError: the run folder is in use, a port is taken, or another node gave up; nothing was
+            started.
     """
-    config = check_recipe(recipe, overrides, command)
-    console = Console(sys.stdout)
+    config, meeting = check_on_node(recipe, overrides, command)
+    with meeting.explaining():
+        if not meeting.node.is_leader:
+            start = follow(config, meeting, has_trainer=True)
+            assert start is not None, "there is always something to train"
+            console = Console(sys.stdout, prefix=f"{meeting.name_of(meeting.node.index)}: ")
+            return supervise(start, command, console, NoView(), lambda code: None)
+        console = Console(sys.stdout)
+        start = _begin(config, meeting, command, console, accept_changes=accept_changes)
+    began = time.monotonic()
+    steps = config.run.steps if command == "train" else config.sft.steps
+
+    def after(code: int) -> None:
+        if code == 0:
+            elapsed = format_duration(time.monotonic() - began)
+            console.line(f"done in {elapsed}; results in {config.run_dir}")
+
+    view = ProgressView(start.run_dir, steps, console)
+    return supervise(start, command, console, view, after)
+
+
+def _begin(
+    config: Config, meeting: Meeting, command: Command, console: Console, *, accept_changes: bool
+) -> Start:
+    """The leader's part before any role starts."""
     for warning in collect_warnings(config, command=command):
         console.line(f"warning: {warning}")
     folder, is_resumed = open_run_folder(config, command, accept_changes=accept_changes)
-    ports = free_ports(config.cluster.host, num_ports(config), config.cluster.base_port)
-    plan = make_plan(config, ports)
-    folder.write_plan(plan)
+    start = lead(config, folder, meeting, has_trainer=True)
     console.line(_headline(config, command, is_resumed))
-
-    def supervise() -> int:
-        started = time.monotonic()
-        steps = config.run.steps if command == "train" else config.sft.steps
-        roles = plan_roles(config, plan, folder.path, command)
-        limits = Limits(config.run.start_timeout_s, config.run.stop_grace_s)
-        view = ProgressView(folder.path, steps, console)
-        code = Supervisor(folder.path, roles, limits, console, view).run()
-        if code == 0:
-            elapsed = format_duration(time.monotonic() - started)
-            console.line(f"done in {elapsed}; results in {config.run_dir}")
-        return code
-
-    return run_guarded(supervise, config.run.stop_grace_s)
+    return start
 
 
 def _headline(config: Config, command: Command, is_resumed: bool) -> str:
@@ -73,4 +78,5 @@ def _headline(config: Config, command: Command, is_resumed: bool) -> str:
         count = config.rollout.num_servers
         parts.append(f"{count} engine{'s' * (count > 1)} and the rollout manager")
     verb = "resuming" if is_resumed else "starting"
-    return f"{verb} {config.run_dir} on {config.cluster.device}: {', '.join(parts)}"
+    nodes = f" on {config.cluster.num_nodes} nodes" if config.cluster.num_nodes > 1 else ""
+    return f"{verb} {config.run_dir} on {config.cluster.device}{nodes}: {', '.join(parts)}"

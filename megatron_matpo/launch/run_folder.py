@@ -20,9 +20,10 @@ from megatron_matpo.config.plan import Plan
 from megatron_matpo.config.root import Config
 from megatron_matpo.errors import ConfigError, MatpoError
 from megatron_matpo.evaluation.inputs import has_results
-from megatron_matpo.launch.torchrun_files import EXITS_FILE
+from megatron_matpo.launch.torchrun_files import EXITS_FILES
 from megatron_matpo.obs import failure
 from megatron_matpo.obs.status import clear_status
+from megatron_matpo.obs.stop_request import clear_stop_request
 
 CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.json"
@@ -37,8 +38,13 @@ CHANGEABLE = (
     "run.dir",
     "run.stop_grace_s",
     "run.start_timeout_s",
+    "run.save_on_stop",
     "cluster.host",
     "cluster.base_port",
+    "cluster.interface",
+    "cluster.num_nodes",
+    "cluster.trainer_nodes",
+    "cluster.gpus_per_node",
     "checkpoint.*",
     "obs.*",
     "doctor.*",
@@ -82,7 +88,7 @@ class RunFolder:
 
     def write_plan(self, plan: Plan) -> None:
         """Write `plan.json`, which every role reads."""
-        (self.path / PLAN_FILE).write_text(plan.to_json())
+        _write(self.path / PLAN_FILE, plan.to_json())
 
 
 def open_run_folder(
@@ -121,7 +127,9 @@ def open_run_folder(
     _write(path / _RUN_FILE, json.dumps(record))
     clear_status(path)
     failure.clear(path)
-    (path / "status" / EXITS_FILE).unlink(missing_ok=True)
+    clear_stop_request(path)
+    for exits in (path / "status").glob(EXITS_FILES):
+        exits.unlink()
     return RunFolder(path, descriptor), is_resumed
 
 
@@ -142,13 +150,17 @@ def _lock(path: Path) -> int:
     descriptor = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         holder = os.pread(descriptor, 64, 0).decode(errors="replace").strip()
         os.close(descriptor)
         raise MatpoError(
             f"{path}: another run is using this folder ({holder or 'process unknown'}); stop it, "
             "or choose another run.name"
         ) from None
+    except OSError:
+        # Some shared file systems are mounted without locks (Lustre without `flock`); a run that
+        # cannot be protected from a second one is better than no run.
+        return descriptor
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"pid {os.getpid()}\n".encode(), 0)
     return descriptor

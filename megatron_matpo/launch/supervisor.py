@@ -1,38 +1,45 @@
-"""Starts the roles of a run, watches them, names the first failure, and stops everything.
+"""Starts the roles of a node, watches them, names the first failure, and stops everything.
 
-States: starting (until every role is ready) -> running -> stopping. Whatever ends the run (the
-trainer is done, a role failed, a signal, a deadline), the way out is the same: every descendant is
-stopped before `run` returns.
+States: starting (until every role is ready) -> running -> (saving) -> stopping. Whatever ends the
+run (the trainer is done, a role failed, a signal, a deadline, another node), the way out is the
+same: every descendant is stopped before `run` returns.
 
-Exit codes: 0 done, 1 a role failed, 2 a role says that the configuration is wrong, 130 Ctrl-C,
-143 SIGTERM.
+With several nodes every node has a supervisor. They tell each other of ended roles through the run
+folder (`launch.meeting`); the leader alone decides when the run is over, and names the failure.
+
+Exit codes: 0 done, 1 a role failed, 2 a role says that the configuration is wrong, 75 ended early
+on request, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from megatron_matpo.launch.console import Console, View
+from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
 from megatron_matpo.launch.roles import RoleSpec
-from megatron_matpo.obs.failure import first_failure
+from megatron_matpo.launch.stopping import STOPPED_EARLY, StopSignals
+from megatron_matpo.obs.failure import first_failure, write_reason
 from megatron_matpo.obs.progress import format_duration
+from megatron_matpo.obs.status import read_status
+from megatron_matpo.obs.stop_request import STOPPED_PHASE, request_stop
 
 _POLL_S = 0.1
 # Probes, status files and /proc are looked at less often than the children themselves.
 _LOOK_EVERY_S = 0.5
-# After a role has ended, its peers get this long to record why.
+# After a role has ended, its peers get this long to record why; other nodes' words take longer.
 _SETTLE_S = 1.0
+_SETTLE_NODES_S = 4.0
 # A role that has recorded a failure but does not end is not waited for longer than this.
 _LINGER_S = 5.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A node whose role has ended waits this long for the leader to end the run.
+_LEADER_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,14 @@ class Limits:
     """`run.start_timeout_s`"""
     stop_grace_s: float
     """`run.stop_grace_s`"""
+    save_timeout_s: float = 0.0
+    """`run.save_timeout_s`; 0: the run has nothing to save and stops at once."""
+    save_on_stop: bool = False
+    """`run.save_on_stop`"""
 
 
 class Supervisor:
-    """Runs one set of roles once. Must be used from the main thread (it handles signals)."""
+    """Runs one node's roles once. Must be used from the main thread (it handles signals)."""
 
     def __init__(
         self,
@@ -55,37 +66,37 @@ class Supervisor:
         limits: Limits,
         console: Console,
         view: View,
+        meeting: Meeting,
     ) -> None:
-        """`run_dir` holds `logs/` and `status/`; exactly one role has `ends_run`."""
+        """`run_dir` holds `logs/` and `status/`; on the leader exactly one role has `ends_run`."""
         self._run_dir, self._roles, self._limits = run_dir, roles, limits
-        self._console, self._view = console, view
+        self._console, self._view, self._meeting = console, view, meeting
         self._children: dict[str, Child] = {}
         self._log_offsets: dict[str, int] = {}
         self._waiting = {role.name: role for role in roles}
-        self._signals: list[int] = []
+        self._stop = StopSignals(save_on_stop=limits.save_on_stop)
+        self._save_until: float | None = None
+        self._reason = ""
         self._started_at = 0.0
         self._next_look = 0.0
 
     def run(self) -> int:
         """Start the roles, wait for the end, stop everything; returns the exit code."""
-        for number in _SIGNALS:
-            # Under nohup SIGHUP is ignored, and stays so.
-            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
-                signal.signal(number, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+        self._stop.install()
         self._started_at = time.monotonic()
         self._remember_logs()
+        code = 1
         try:
-            return self._start() or self._watch()
+            code = self._start() or self._watch()
         finally:
+            self._meeting.leave(code, self._reason)
             stop_all(
                 list(self._children.values()),
                 self._limits.stop_grace_s,
-                in_a_hurry=lambda: len(self._signals) > 1,
+                in_a_hurry=lambda: self._stop.in_a_hurry,
+                signals={role.name: role.stop_signal for role in self._roles},
             )
-
-    def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
-        self._signals.append(signal_number)
+        return code
 
     def _start(self) -> int:
         """Start all roles at once: they load in parallel. Returns 0, or the exit code."""
@@ -101,23 +112,88 @@ class Supervisor:
     def _watch(self) -> int:
         """Wait until the run is over, well or not."""
         while True:
-            if self._signals:
-                return self._interrupted()
-            ended = [child for child in self._children.values() if child.exit_code is not None]
-            if any(child.exit_code == 0 and self._ends_run(child) for child in ended):
-                self._view.update()
-                return 0
-            if ended:
-                return self._role_ended(ended)
-            if time.monotonic() >= self._next_look:
-                if self._has_lingering_failure():
-                    return self._role_ended([])
-                if not self._probe():
-                    return self._fail(self._not_ready())
-                self._view.update()
-                reap_orphans(list(self._children.values()))
+            code = self._on_signal()
+            if code is None:
+                code = self._on_children()
+            if code is None and time.monotonic() >= self._next_look:
+                code = self._look()
                 self._next_look = time.monotonic() + _LOOK_EVERY_S
+            if code is not None:
+                return code
             time.sleep(_POLL_S)
+
+    def _on_signal(self) -> int | None:
+        if self._stop.wants_stop or (self._stop.wants_save and not self._limits.save_timeout_s):
+            self._reason = f"{self._stop.first_name}: stopping everything"
+            self._console.line(f"{self._reason}; the same command resumes what was saved")
+            return STOPPED_EARLY if self._stop.wants_save else self._stop.exit_code
+        if self._stop.wants_save and self._save_until is None:
+            limit = self._limits.save_timeout_s
+            self._save_until = time.monotonic() + limit
+            if self._meeting.node.is_leader:
+                request_stop(self._run_dir, self._stop.first_name)
+                self._console.line(
+                    f"{self._stop.first_name}: saving a checkpoint, then stopping "
+                    f"(run.save_timeout_s={limit:g})"
+                )
+            else:
+                self._save_until += _LEADER_S  # the leader ends the run
+        if self._save_until is not None and time.monotonic() > self._save_until:
+            self._reason = (
+                f"the trainer was asked to save and did not end inside run.save_timeout_s="
+                f"{self._limits.save_timeout_s:g}; the last checkpoint stands"
+            )
+            self._console.line(self._reason)
+            return STOPPED_EARLY
+        return None
+
+    def _on_children(self) -> int | None:
+        roles = {role.name: role for role in self._roles}
+        ended = [child for child in self._children.values() if child.exit_code is not None]
+        if any(child.exit_code == 0 and roles[child.name].ends_run for child in ended):
+            self._view.update()
+            return self._finished()
+        bad = [
+            child
+            for child in ended
+            # Once asked to save only the trainer matters: a scheduler's signal may end the others.
+            if not (child.exit_code == 0 and roles[child.name].may_end)
+            and (self._save_until is None or roles[child.name].is_needed_to_save)
+        ]
+        return self._role_ended(bad) if bad else None
+
+    def _finished(self) -> int:
+        """The role that ends the run has ended; an early end is not the run's end."""
+        phases = {status.phase for status in read_status(self._run_dir)}
+        if STOPPED_PHASE not in phases:
+            return 0
+        self._reason = "stopped early, after saving; the same command goes on"
+        self._console.line(self._reason)
+        return STOPPED_EARLY
+
+    def _look(self) -> int | None:
+        """Everything that is looked at less often: records, readiness, the other nodes."""
+        if self._meeting.node.is_leader and self._has_lingering_failure():
+            return self._role_ended([])
+        if not self._probe():
+            return self._fail(self._not_ready())
+        self._view.update()
+        reap_orphans(list(self._children.values()))
+        return self._look_at_nodes()
+
+    def _look_at_nodes(self) -> int | None:
+        if not self._meeting.node.is_leader:
+            code = self._meeting.over()
+            if code is not None:
+                return code
+        elif self._save_until is None and self._meeting.deaths():
+            return self._role_ended([])
+        elif gone := self._meeting.gone():
+            name = self._meeting.name_of(gone.node)
+            return self._fail(Origin(name, "", gone.reason, "", max(1, gone.exit_code)))
+        if silence := self._meeting.silent():
+            return self._fail(Origin(silence.split(" has ")[0], "", silence, ""))
+        return None
 
     def _probe(self) -> bool:
         """Ask roles that are not ready; False when they had long enough."""
@@ -148,31 +224,45 @@ class Supervisor:
         """A role has stopped or failed; give its peers a moment, then name the origin."""
         now = time.time()
         deaths = [Death(child.name, child.exit_code or 0, now) for child in ended]
-        deadline = time.monotonic() + _SETTLE_S
+        for death in deaths:
+            self._meeting.report_death(death)
+        if not self._meeting.node.is_leader:
+            return self._leave_it_to_the_leader(deaths)
+        settle = _SETTLE_S if self._meeting.node.count == 1 else _SETTLE_NODES_S
+        deadline = time.monotonic() + settle
         while time.monotonic() < deadline and first_failure(self._run_dir) is None:
             time.sleep(_POLL_S)
         self._view.update()
-        origin = find_origin(self._run_dir, deaths)
+        known = {death.name: death for death in [*deaths, *self._meeting.deaths()]}
+        by_time = sorted(known.values(), key=lambda death: death.time)
+        origin = find_origin(self._run_dir, by_time)
+        assert origin is not None, "called because something failed"
+        return self._fail(origin)
+
+    def _leave_it_to_the_leader(self, deaths: Sequence[Death]) -> int:
+        """The leader hears of the deaths and ends the run with the reason."""
+        names = ", ".join(death.name for death in deaths)
+        self._console.line(f"{names} ended; the reason is with {self._meeting.name_of(0)}")
+        deadline = time.monotonic() + _LEADER_S
+        while time.monotonic() < deadline and not self._stop.wants_stop:
+            if (code := self._meeting.over()) is not None:
+                return code
+            self._meeting.silent()
+            time.sleep(_LOOK_EVERY_S)
+        origin = find_origin(self._run_dir, list(deaths))
         assert origin is not None, "called because something failed"
         return self._fail(origin)
 
     def _fail(self, origin: Origin) -> int:
         skip_bytes = self._log_offsets.get(origin.log_name, 0)
         elapsed = format_duration(time.monotonic() - self._started_at)
+        self._reason = f"{origin.name}: {origin.what}"
+        write_reason(self._run_dir, self._reason)
         self._console.line(
             f"the run failed after {elapsed}; stopping everything\n"
-            + origin.report(self._log(origin.log_name), skip_bytes)
+            + origin.report(self._log(origin.log_name) if origin.log_name else None, skip_bytes)
         )
         return origin.exit_code
-
-    def _interrupted(self) -> int:
-        number = self._signals[0]
-        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        self._console.line(f"{name}: stopping everything; the same command resumes what was saved")
-        return 130 if number == signal.SIGINT else 143
-
-    def _ends_run(self, child: Child) -> bool:
-        return any(role.ends_run for role in self._roles if role.name == child.name)
 
     def _log(self, name: str) -> Path:
         return self._run_dir / "logs" / f"{name}.log"

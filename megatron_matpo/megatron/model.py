@@ -127,6 +127,8 @@ def transformer_config(
         # With two stages a batch of sends and receives mixes up the two directions; Megatron's
         # other way has a process group for each.
         batch_p2p_comm=state.vp_size == 1,
+        # A stage's output is sent away, and only its history is needed until the backward pass.
+        deallocate_pipeline_outputs=state.pp_size > 1,
         moe_token_dispatcher_type="alltoall",
         # The fused kernels need Apex or a compiler; on a CPU they only cost start-up time.
         bias_activation_fusion=not on_cpu,
@@ -149,7 +151,7 @@ def build_model(config: Config, hf: HfModelConfig, state: ParallelState) -> list
     Raises:
         ConfigError: the layout does not divide the model, or the platform lacks a part.
     """
-    problems = check_layout(hf, config.parallel)
+    problems = check_layout(hf, config.parallel, on_gpu=config.cluster.device == "cuda")
     if problems:
         raise ConfigError("\n".join(problems))
     if state.device.type != "cpu":

@@ -262,6 +262,10 @@ def destroy_parallel() -> None:
     if not dist.is_initialized():
         return
     from megatron.core import parallel_state as mpu
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
     mpu.destroy_model_parallel()
     dist.destroy_process_group()
+    # It remembers the last 32 results together with the modules that gave them, these hold their
+    # process groups, and a gloo group keeps its threads until nobody holds it.
+    RotaryEmbedding.forward.cache_clear()

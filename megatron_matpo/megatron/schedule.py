@@ -159,8 +159,10 @@ class _Pass:
                     return logprobs, entropy
                 loss, metrics = loss_fn(logprobs, entropy, batch)
                 metrics = {name: value.detach() for name, value in metrics.items()}
-                # With calculate_per_token_loss this triple reaches the backward pass unscaled.
-                return loss, torch.zeros((), dtype=torch.int, device=loss.device), (loss, metrics)
+                # With calculate_per_token_loss this triple reaches the backward pass unscaled. The
+                # first of it loses its value there; see deallocate_pipeline_outputs in `model.py`.
+                no_tokens = torch.zeros((), dtype=torch.int, device=loss.device)
+                return loss, no_tokens, (loss.detach(), metrics)
 
             return logprobs, finish
 

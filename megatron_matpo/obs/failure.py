@@ -17,6 +17,7 @@ from megatron_matpo.obs.files import write_atomic
 from megatron_matpo.obs.status import FAILURE_PREFIX, FOLDER
 
 MAX_TEXT_CHARS = 20_000
+_REASON = "reason"
 
 _CONSEQUENCE_TYPES = frozenset(
     {
@@ -107,7 +108,21 @@ def first_failure(run_dir: str | Path) -> Failure | None:
     return (primary or failures or [None])[0]
 
 
+def write_reason(run_dir: str | Path, reason: str) -> None:
+    """Keep what a supervisor found to be the first failure, which need not have recorded itself."""
+    write_atomic(Path(run_dir) / FOLDER / _REASON, reason, durable=False)
+
+
+def read_reason(run_dir: str | Path) -> str:
+    """What `write_reason` kept; empty if nothing failed."""
+    try:
+        return (Path(run_dir) / FOLDER / _REASON).read_text()
+    except OSError:
+        return ""
+
+
 def clear(run_dir: str | Path) -> None:
     """Remove the failure files of an earlier attempt."""
+    (Path(run_dir) / FOLDER / _REASON).unlink(missing_ok=True)
     for path in (Path(run_dir) / FOLDER).glob(f"{FAILURE_PREFIX}*.json"):
         path.unlink(missing_ok=True)

@@ -7,17 +7,19 @@ import shutil
 from pathlib import Path
 
 
-def write_atomic(path: Path, data: str | bytes, *, durable: bool = True) -> None:
+def write_atomic(path: Path, data: str | bytes, *, durable: bool = True, mode: int = 0o666) -> None:
     """Replace `path` by `data` in one step; parent folders are made.
 
-    `durable=False` skips fsync: right for files that only matter while the machine is up.
+    `durable=False` skips fsync: right for files that only matter while the machine is up. `mode`
+    are the permissions of the new file from its first byte on, less the process's umask.
     The temporary name holds the pid, so that two processes never write into the same file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     raw = data.encode() if isinstance(data, str) else data
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb") as file:
             file.write(raw)
             if durable:
                 file.flush()

@@ -119,17 +119,15 @@ def backward_bytes_per_token(job: Job, *, is_moe: bool = False) -> float:
 def stage_activation_bytes(job: Job, stage: int, num_micro_batches: int) -> int:
     """Peak of a stage: all micro-batches in flight, and one layer's backward pass.
 
-    Every stage but the last also holds the output that it sent, until that comes back as a gradient
-    (`deallocate_pipeline_outputs` is off).
+    What a stage has sent to the next is freed (`deallocate_pipeline_outputs`).
     """
     hf, layout = job.hf, job.layout
     chunks = in_flight_chunks(layout, stage, num_micro_batches)
-    sent = hf.hidden_size * job.element_bytes / layout.sequence_split
     layers = [
         sum(kept_bytes_per_token(job, is_moe=hf.is_moe_layer(layer)) for layer in of_chunk)
         for of_chunk in (job.layers_of(stage, chunk) for chunk in range(layout.virtual))
     ]
-    per_chunk = sum(layers) / len(layers) + (sent if layout.pipeline > 1 else 0)
+    per_chunk = sum(layers) / len(layers)
     working = max(
         recomputed_bytes_per_token(job, is_moe=is_moe)
         + backward_bytes_per_token(job, is_moe=is_moe)

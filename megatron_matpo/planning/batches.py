@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
@@ -30,7 +31,7 @@ class Workload:
     assumption: str
     """Where the lengths come from, for the output."""
 
-    @property
+    @cached_property
     def length_seen(self) -> float:
         """Length of the trajectory that a token is in, on average over tokens."""
         return sum(n * n for n in self.lengths) / sum(self.lengths)
@@ -93,8 +94,13 @@ def micro_batches_per_rank(workload: Workload, budget: int, ranks: int, updates:
     Best-fit-decreasing packing of an even share of the step's trajectories; longer ones than the
     budget are alone. All ranks have equally many.
     """
-    share = sorted(workload.lengths, reverse=True)[::updates]
-    return max(1, -(-count_bins(share, budget) // ranks))
+    return max(1, -(-_bins_of_update(workload.lengths, budget, updates) // ranks))
+
+
+@lru_cache(maxsize=4)
+def _bins_of_update(lengths: tuple[int, ...], budget: int, updates: int) -> int:
+    """The same for every layout, of which `matpo plan` looks at hundreds."""
+    return count_bins(sorted(lengths, reverse=True)[::updates], budget)
 
 
 def count_bins(lengths: Sequence[int], budget: int) -> int:

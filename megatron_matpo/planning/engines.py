@@ -7,8 +7,10 @@ share of the GPU's memory; the rest is for activations and graphs) and of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.rollout import RolloutConfig
 
@@ -60,3 +62,28 @@ def engine_memory(
         kv_tokens=tokens,
         full_trajectories=tokens / rollout.context_length,
     )
+
+
+def engine_gpus(config: Config) -> int:
+    """GPUs of all engines."""
+    rollout = config.rollout
+    return 0 if rollout.replay else rollout.num_servers * rollout.tensor
+
+
+def engine_problems(config: Config, engine: EngineMemory | None) -> Iterator[str]:
+    """What of the engines does not fit, one line each; `engine`: None if the GPU is unknown."""
+    cluster, rollout = config.cluster, config.rollout
+    everything = cluster.num_nodes * cluster.gpus_per_node
+    if cluster.device == "cuda" and engine_gpus(config) > everything:
+        yield (
+            f"engines: rollout.num_servers x rollout.tensor = {rollout.num_servers} x "
+            f"{rollout.tensor} = {engine_gpus(config)} GPUs, but there are {cluster.num_nodes} x "
+            f"{cluster.gpus_per_node}"
+        )
+    if cluster.device == "cuda" and rollout.tensor > cluster.gpus_per_node:
+        yield f"rollout.tensor={rollout.tensor}: more than the GPUs of a node"
+    if engine and engine.full_trajectories < 1:
+        yield (
+            f"engine: room for {max(0, engine.kv_tokens)} tokens of KV cache, a trajectory may "
+            f"have {rollout.context_length}; raise rollout.tensor or rollout.mem_fraction"
+        )

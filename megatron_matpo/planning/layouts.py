@@ -21,8 +21,10 @@ from itertools import product
 from megatron_matpo.config.gpus import Gpu
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.planning.batches import Workload, micro_batches_per_rank
-from megatron_matpo.planning.ledger import Ledger, worst_stage
-from megatron_matpo.planning.parameters import active_parameters, num_parameters
+from megatron_matpo.planning.colocated import host_bytes, peak_bytes
+from megatron_matpo.planning.engines import EngineMemory
+from megatron_matpo.planning.ledger import Ledger, stage_ledger, worst_stage
+from megatron_matpo.planning.parameters import active_parameters, trained_parameters
 from megatron_matpo.planning.pipeline import bubble_frac
 from megatron_matpo.planning.shape import Job, Layout
 
@@ -44,6 +46,8 @@ class Site:
     num_gpus: int
     """For the trainer."""
     gpus_per_node: int
+    shared_with: EngineMemory | None = None
+    """Engine that is on the same GPU (`cluster.placement: colocated`)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,11 @@ class Proposal:
 
     layout: Layout
     ledger: Ledger
+    """Of the pipeline stage that needs most while it trains."""
+    peak: int
+    """Bytes of a GPU, whatever is on it, in the phase of a step that needs most."""
+    host: int
+    """Bytes of the host's memory, per rank."""
     num_micro_batches: int
     """Per update and rank."""
     seconds: float
@@ -69,7 +78,7 @@ def propose(
     for layout in candidates(job.hf, site):
         proposal = appraise(replace(job, layout=layout), site, workload, budget, updates)
         split = (layout.tensor, layout.pipeline, layout.context, layout.expert)
-        if proposal.ledger.total <= site.gpu.memory_gib * 2**30 and (
+        if proposal.peak <= site.gpu.memory_gib * 2**30 and (
             split not in best or _preference(proposal) < _preference(best[split])
         ):
             best[split] = proposal
@@ -92,9 +101,16 @@ def _preference(proposal: Proposal) -> tuple[float, ...]:
 def appraise(job: Job, site: Site, workload: Workload, budget: int, updates: int) -> Proposal:
     """Memory and estimated time of the job's layout."""
     count = micro_batches_per_rank(workload, budget, job.layout.data, updates)
-    ledger = worst_stage(job, count)
+    ledgers = [stage_ledger(job, stage, count) for stage in range(job.layout.pipeline)]
     seconds = update_seconds(job, site, workload, updates, count)
-    return Proposal(job.layout, ledger, count, seconds)
+    return Proposal(
+        layout=job.layout,
+        ledger=worst_stage(job, count),
+        peak=max(peak_bytes(ledger, site.shared_with) for ledger in ledgers),
+        host=max(host_bytes(ledger, site.shared_with) for ledger in ledgers),
+        num_micro_batches=count,
+        seconds=seconds,
+    )
 
 
 def candidates(hf: HfModelConfig, site: Site) -> Iterator[Layout]:
@@ -107,6 +123,8 @@ def candidates(hf: HfModelConfig, site: Site) -> Iterator[Layout]:
     ]
     pipelines = [p for p in range(1, _MAX_PIPELINE + 1) if hf.num_layers % p == 0]
     contexts = [c for c in (1, 2, 4, 8) if c <= _MAX_CONTEXT]
+    # Transformer Engine splits no packed row whose attention has a window; see `check_layout`.
+    contexts = contexts if hf.sliding_window is None else [1]
     experts = [e for e in (1, 2, 4, 8, 16, 32, 64) if hf.moe and hf.moe.num_experts % e == 0] or [1]
     modes = ("none", "selective", "full")
     for t, p, c, e, recompute, offload in product(
@@ -153,7 +171,7 @@ def _compute_seconds(job: Job, site: Site, tokens: float, length: float) -> floa
     peak = site.gpu.fp8_tflops if job.fp8_recipe else site.gpu.bf16_tflops
     matmul = 6.0 * active_parameters(job) * tokens
     attention = 6.0 * hf.num_layers * hf.num_heads * hf.head_dim * length * tokens
-    again = {"none": 0.0, "selective": _feed_forward_share(hf), "full": 1.0}[layout.recompute]
+    again = {"none": 0.0, "selective": feed_forward_share(hf), "full": 1.0}[layout.recompute]
     shards = layout.tensor * layout.context * _EFFICIENCY * 1e12
     # Attention stays in bf16; a recomputed forward pass is a third of the work.
     products = matmul * (1 + again / 3) / (peak * shards)
@@ -161,7 +179,8 @@ def _compute_seconds(job: Job, site: Site, tokens: float, length: float) -> floa
     return products + attention * (1 + again_attention) / (site.gpu.bf16_tflops * shards)
 
 
-def _feed_forward_share(hf: HfModelConfig) -> float:
+def feed_forward_share(hf: HfModelConfig) -> float:
+    """Of a layer's products, those that `recompute: selective` makes again."""
     channels = hf.moe.experts_per_token * hf.moe.ffn_size if hf.moe else hf.ffn_size
     feed_forward = 3 * channels
     attention = 2 * (hf.num_heads + hf.num_kv_heads) * hf.head_dim
@@ -202,7 +221,7 @@ def _expert_seconds(job: Job, site: Site, tokens: float) -> float:
 
 def _optimizer_seconds(job: Job) -> float:
     """Gradients reduced and parameters gathered; offloaded, the shard goes over PCIe, too."""
-    worst = max(num_parameters(job, stage) for stage in (0, job.layout.pipeline - 1))
+    worst = max(trained_parameters(job, stage) for stage in (0, job.layout.pipeline - 1))
     ranks = job.layout.optimizer_ranks
     network = worst * (4 + job.element_bytes) * (ranks - 1) / ranks / _NETWORK_BYTES_S
     # fp32 gradients to the host and parameters back; the host's Adam takes about as long again.

@@ -7,10 +7,11 @@ their padding), `optimizer/distrib_optimizer.py` (what the ranks share); Rajbhan
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from megatron_matpo.planning.shape import Job
+from megatron_matpo.planning.shape import Job, Layout
 
 _START = 64
 _END = 128
@@ -27,6 +28,7 @@ class Parameter:
     """Tied embedding that lies on two stages, which has a bucket of its own."""
     is_expert: bool = False
     """Lies in a buffer of its own, which other ranks share than that of the rest."""
+    is_adapter: bool = False
 
 
 def layer_parameters(job: Job, layer: int) -> list[Parameter]:
@@ -43,6 +45,7 @@ def layer_parameters(job: Job, layer: int) -> list[Parameter]:
         *norms,
         Parameter(h),
         *_feed_forward(job, layer),
+        *_adapters(job, layer),
     ]
 
 
@@ -56,6 +59,29 @@ def _feed_forward(job: Job, layer: int) -> list[Parameter]:
     size = h * moe.ffn_size
     expert = [Parameter(2 * size, True, is_expert=True), Parameter(size, True, is_expert=True)]
     return [Parameter(h * moe.num_experts), *expert * (moe.num_experts // layout.expert)]
+
+
+def _adapters(job: Job, layer: int) -> list[Parameter]:
+    """A and B of every linear with a target (`megatron/lora.py`); As of fused targets are stacked.
+
+    A column-parallel linear has all of A and a part of B on every rank, a row-parallel one the
+    reverse. Experts have none.
+    """
+    hf, t, r = job.hf, job.layout.tensor, job.lora_rank
+    h, q, k = hf.hidden_size, hf.num_heads * hf.head_dim, hf.num_kv_heads * hf.head_dim
+    columns: list[tuple[tuple[str, ...], int]] = [(("q_proj", "k_proj", "v_proj"), q + 2 * k)]
+    rows = [("o_proj", q)]
+    if not hf.is_moe_layer(layer):
+        columns.append((("gate_proj", "up_proj"), 2 * hf.ffn_size))
+        rows.append(("down_proj", hf.ffn_size))
+    sizes: list[int] = []
+    for names, outputs in columns:
+        if count := sum(name in job.lora_layers for name in names):
+            sizes += [count * r * h, outputs // t * r]
+    for name, inputs in rows:
+        if name in job.lora_layers:
+            sizes += [r * inputs // t, h * r]
+    return [Parameter(size, is_adapter=True) for size in sizes]
 
 
 def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
@@ -80,7 +106,25 @@ def chunk_parameters(job: Job, stage: int, chunk: int) -> list[Parameter]:
 
 def stage_parameters(job: Job, stage: int) -> list[list[Parameter]]:
     """All chunks of a stage."""
-    return [chunk_parameters(job, stage, chunk) for chunk in range(job.layout.virtual)]
+    return _stage_parameters(_split_of(job), stage)
+
+
+def _split_of(job: Job) -> Job:
+    """The job with what decides its parameters and nothing else, so that layouts share results."""
+    layout = Layout(
+        tensor=job.layout.tensor,
+        pipeline=job.layout.pipeline,
+        context=1,
+        data=1,
+        virtual=job.layout.virtual,
+        expert=job.layout.expert,
+    )
+    return replace(job, layout=layout, micro_batch_tokens=1)
+
+
+@functools.lru_cache(maxsize=256)
+def _stage_parameters(split: Job, stage: int) -> list[list[Parameter]]:
+    return [chunk_parameters(split, stage, chunk) for chunk in range(split.layout.virtual)]
 
 
 def buffer_numel(parameters: list[Parameter], ranks: int) -> int:
@@ -105,14 +149,31 @@ def buffer_numel(parameters: list[Parameter], ranks: int) -> int:
 
 def num_parameters(job: Job, stage: int) -> int:
     """Parameters of a stage on one tensor-parallel rank."""
-    return sum(p.numel for chunk in stage_parameters(job, stage) for p in chunk)
+    return _numel(_split_of(job), stage, False)
+
+
+def trained_parameters(job: Job, stage: int) -> int:
+    """Of them, those that are trained: all, or the adapters."""
+    return _numel(_split_of(job), stage, bool(job.lora_rank))
+
+
+@functools.lru_cache(maxsize=256)
+def _numel(split: Job, stage: int, only_adapters: bool) -> int:
+    chunks = _stage_parameters(split, stage)
+    return sum(p.numel for chunk in chunks for p in chunk if p.is_adapter or not only_adapters)
 
 
 def _padded(job: Job, stage: int, *, is_expert: bool) -> int:
-    """Elements of the stage's buffers of one kind."""
+    """Elements of the stage's gradient buffers of one kind; frozen weights are in none."""
     ranks = job.layout.expert_replicas if is_expert else job.layout.optimizer_ranks
+    return _padded_for(_split_of(job), stage, is_expert, ranks)
+
+
+@functools.lru_cache(maxsize=4096)
+def _padded_for(job: Job, stage: int, is_expert: bool, ranks: int) -> int:
     chunks = [
-        [p for p in chunk if p.is_expert is is_expert] for chunk in stage_parameters(job, stage)
+        [p for p in chunk if p.is_expert is is_expert and (p.is_adapter or not job.lora_rank)]
+        for chunk in stage_parameters(job, stage)
     ]
     return sum(buffer_numel(chunk, ranks) for chunk in chunks)
 
@@ -122,12 +183,13 @@ def _all_padded(job: Job, stage: int) -> int:
 
 
 def weight_bytes(job: Job, stage: int) -> int:
-    """The model's parameters; with FP8 also the copies that its matrix products read.
+    """The model's parameters and adapters; with FP8 also the copies that matrix products read.
 
     Transformer Engine keeps a matrix twice in FP8, as it is and transposed, between the
     micro-batches of an update. With `fp8.params` these two are all there is of it.
     """
-    total = _all_padded(job, stage) * job.element_bytes
+    frozen = num_parameters(job, stage) - trained_parameters(job, stage)
+    total = (_all_padded(job, stage) + frozen) * job.element_bytes
     if not job.fp8_recipe:
         return total
     matmul = _fp8_numel(job, stage)

@@ -2,7 +2,8 @@
 
 Letters in the formulas of this package: h hidden size, f feed-forward size, q = heads x head size,
 k = key/value heads x head size, V padded vocabulary, L layers, t tensor-parallel size, T tokens of
-a micro-batch on one rank; E experts, each of feed-forward size m, a of which see a token.
+a micro-batch on one rank; E experts, each of feed-forward size m, a of which see a token; r rank
+of adapters.
 """
 
 from __future__ import annotations
@@ -68,6 +69,10 @@ class Job:
     has_reference: bool
     is_local: bool
     """Megatron's own layers on a CPU, instead of Transformer Engine's on a GPU."""
+    lora_rank: int = 0
+    """Of adapters beside frozen weights; 0: every weight is trained."""
+    lora_layers: tuple[str, ...] = ()
+    """Hugging Face names of the linear layers with adapters."""
 
     @property
     def element_bytes(self) -> int:
@@ -126,8 +131,11 @@ def job_of(config: Config, hf: HfModelConfig, precision: Precision | None = None
         micro_batch_tokens=max(config.train.micro_batch_tokens, config.rollout.context_length),
         logprob_chunk_tokens=config.train.logprob_chunk_tokens,
         bucket_mb=config.weight_sync.bucket_mb,
-        has_reference=config.algo.kl_coef > 0,
+        # With adapters the reference is the model without them.
+        has_reference=config.algo.kl_coef > 0 and not config.lora.rank,
         is_local=config.cluster.device == "cpu",
+        lora_rank=config.lora.rank,
+        lora_layers=config.lora.layers,
     )
 
 

@@ -28,7 +28,7 @@ def as_text(plan: RunPlan) -> str:
         lines.append("fits")
     if plan.proposals:
         lines += ["", *_proposals(plan)]
-    elif plan.gpu:
+    elif plan.gpu and plan.own:
         lines += [
             "",
             f"no layout of {trainer_gpus(plan.config)} GPUs fits; use more or larger ones",
@@ -52,11 +52,13 @@ def _head(plan: RunPlan) -> list[str]:
         f"model      {config.model.path}: {_count(total_parameters(plan.job))} parameters",
         f"cluster    {where}",
         f"precision  {plan.precision.parameters}{fp8}: {plan.precision.reason}",
-        f"assumed    {plan.workload.assumption}",
+        *([f"assumed    {plan.workload.assumption}"] if plan.own else []),
     ]
 
 
 def _trainer(plan: RunPlan) -> list[str]:
+    if plan.own is None:
+        return ["trainer    none: questions in eval.sets and none in data.train, so an evaluation"]
     worst, count = plan.worst, plan.own.num_micro_batches
     bubble = bubble_frac(plan.job.layout, count)
     lines = [
@@ -69,8 +71,8 @@ def _trainer(plan: RunPlan) -> list[str]:
     unit = _unit(worst.total)
     for name, key in [*_KINDS, ("peak", "total")]:
         lines.append(f"             {name:<34}{_in(_bytes(worst, key), unit):>7}")
-    if worst.host:
-        per_node = worst.host * max(1, plan.config.cluster.gpus_per_node)
+    if plan.own.host:
+        per_node = plan.own.host * max(1, plan.config.cluster.gpus_per_node)
         lines.append(f"             {'host memory, per node':<34}{_gib(per_node):>7}")
     return lines
 
@@ -83,10 +85,27 @@ def _engine(plan: RunPlan) -> list[str]:
         f"engines    {rollout.num_servers} x {rollout.tensor} GPUs; GiB per GPU:",
         f"             {'weights':<34}{_gib(engine.weights):>7}",
         f"             {'KV cache':<34}{_gib(engine.kv_cache):>7}",
-        f"             {'weight-sync bucket':<34}{_gib(engine.sync_buckets):>7}",
+        *(
+            [f"             {'weight-sync bucket':<34}{_gib(engine.sync_buckets):>7}"]
+            if plan.own
+            else []
+        ),
         f"           KV cache of an engine: {engine.kv_tokens} tokens, "
         f"{engine.full_trajectories:.1f} trajectories of {rollout.context_length}",
+        *_shared(plan),
     ]
+
+
+def _shared(plan: RunPlan) -> list[str]:
+    """Trainer and engine on one GPU; nothing if they are on GPUs of their own."""
+    if not plan.phases:
+        return []
+    rows = [
+        f"             {phase.name:<34}{_gib(phase.trainer):>7} +{_gib(phase.engine):>6} ="
+        f"{_gib(phase.total):>6}"
+        for phase in plan.phases
+    ]
+    return ["", "colocated  GiB of one GPU in each phase of a step, trainer + engine:", *rows]
 
 
 def _proposals(plan: RunPlan) -> list[str]:
@@ -98,7 +117,7 @@ def _proposals(plan: RunPlan) -> list[str]:
     ]
     for rank, item in enumerate(plan.proposals, start=1):
         lines.append(
-            f"  {rank:<4}{_describe(item.layout):<64}{_gib(item.ledger.total):>6}"
+            f"  {rank:<4}{_describe(item.layout):<64}{_gib(item.peak):>6}"
             f"{item.num_micro_batches:>15}"
         )
     best: Proposal = plan.proposals[0]

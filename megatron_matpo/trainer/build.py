@@ -20,6 +20,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import PolicyLearner
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
+from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
 from megatron_matpo.weight_sync.broadcast import BroadcastSync, NoEngines, PushOnce
 
@@ -38,7 +39,7 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
         run_dir=run_dir,
         actor=actor,
         learner=PolicyLearner(config, actor, state, run_dir),
-        rollouts=_build_rollouts(config, plan, state),
+        rollouts=_build_rollouts(config, plan, state, run_dir),
         sync=_build_sync(config, plan, actor, state),
         clock=clock,
         log=RunLog(config, run_dir) if state.is_logging_rank else None,
@@ -46,19 +47,20 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     )
 
 
-def _build_rollouts(config: Config, plan: Plan, state: ParallelState) -> Rollouts:
-    if config.rollout.replay:
-        return ReplayRollouts(config.rollout.replay)
+def _build_rollouts(config: Config, plan: Plan, state: ParallelState, run_dir: Path) -> Rollouts:
     # A group of its own: ranks wait here for a whole rollout, far longer than any collective of
     # the training step may take. gloo, because the bytes are on the host.
     waiting_s = config.rollout.step_timeout_s + SHARE_SLACK_S
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s))
     assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    if config.rollout.replay:
+        return ReplayRollouts(config.rollout.replay, partial(is_stop_agreed, run_dir, group))
     return ManagerRollouts(
         config.rollout,
         plan.manager_url,
         os.environ["MATPO_RUN_TOKEN"],
         partial(share_bytes, group=group, device=torch.device("cpu")),
+        run_dir,
         is_first_rank=state.rank == 0,
         start_timeout_s=config.run.start_timeout_s,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -12,8 +13,12 @@ from torch import distributed as dist
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError
 from megatron_matpo.rollout.client import ManagerClient
+from megatron_matpo.trainer.stopping import StopRequested, result_or_stop
 from megatron_matpo.types import PolicyVersion, RolloutBatch
 from megatron_matpo.wire import decode, recording_path
+
+_STOP = b""
+"""What rank 0 shares in place of a batch when the run is asked to end."""
 
 
 class Rollouts(Protocol):
@@ -29,6 +34,9 @@ class Rollouts(Protocol):
         """Episodes of `step`, sampled with policy `version`.
 
         `train` asks the questions that follow the first `position` ones.
+
+        Raises:
+            StopRequested: on all ranks; the supervisor asked the run to end.
         """
         ...
 
@@ -42,18 +50,22 @@ class ManagerRollouts:
         url: str,
         token: str,
         share: Callable[[bytes | None], bytes],
+        run_dir: Path,
         *,
         is_first_rank: bool,
         start_timeout_s: float,
     ) -> None:
-        """`share` broadcasts rank 0's bytes to all ranks (see `share_bytes`)."""
+        """`share` broadcasts rank 0's bytes to all ranks (see `share_bytes`).
+
+        A stop is requested in `run_dir`.
+        """
         self._client = ManagerClient(
             url,
             token,
             start_timeout_s=start_timeout_s,
             step_timeout_s=config.step_timeout_s,
         )
-        self._share = share
+        self._share, self._run_dir = share, run_dir
         self._is_first_rank = is_first_rank
 
     def connect(self) -> None:
@@ -76,16 +88,23 @@ class ManagerRollouts:
         """
         data = None
         if self._is_first_rank:
-            data = self._client.collect(step, version, split, position=position)
-        return decode(self._share(data), f"rollout batch of step {step}")
+            ask = partial(self._client.collect, step, version, split, position=position)
+            data = result_or_stop(ask, self._run_dir) or _STOP
+        shared = self._share(data)
+        if shared == _STOP:
+            raise StopRequested
+        return decode(shared, f"rollout batch of step {step}")
 
 
 class ReplayRollouts:
     """Reads recorded `step_N.rollout` files; every rank reads for itself."""
 
-    def __init__(self, folder: str) -> None:
-        """Keep the folder; a missing step is reported when it is asked for."""
-        self._folder = Path(folder)
+    def __init__(self, folder: str, is_stop_agreed: Callable[[], bool]) -> None:
+        """Keep the folder; a missing step is reported when it is asked for.
+
+        `is_stop_agreed` is called by all ranks (see `trainer.stopping`).
+        """
+        self._folder, self._is_stop_agreed = Path(folder), is_stop_agreed
 
     def connect(self) -> None:
         """Nothing to wait for."""
@@ -98,6 +117,8 @@ class ReplayRollouts:
         Raises:
             DataError: no recording of that step.
         """
+        if self._is_stop_agreed():
+            raise StopRequested
         path = recording_path(self._folder, step)
         if not path.exists():
             raise DataError(
@@ -112,7 +133,7 @@ def share_bytes(data: bytes | None, group: dist.ProcessGroup, device: torch.devi
     size = torch.tensor([len(data) if data is not None else 0], dtype=torch.long, device=device)
     dist.broadcast(size, src=0, group=group)
     buffer = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
-    if data is not None:
+    if data:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     dist.broadcast(buffer, src=0, group=group)
     return data if data is not None else buffer.cpu().numpy().tobytes()

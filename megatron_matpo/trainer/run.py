@@ -19,10 +19,12 @@ from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.obs.metrics_log import MetricsWriter
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
 from megatron_matpo.obs.report import build_report
+from megatron_matpo.obs.stop_request import STOPPED_PHASE
 from megatron_matpo.obs.wandb_log import WandbLog
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
 from megatron_matpo.trainer.rollouts import Rollouts
+from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.trainer.throughput import Throughput
 from megatron_matpo.types import PolicyVersion, RolloutBatch, TrainSample
 
@@ -126,6 +128,8 @@ class Run:
     clock: Clock
     log: RunLog | None
     throughput: Throughput
+    saved_step: int = 0
+    """Step of the newest checkpoint."""
 
     def resume(self) -> Progress:
         """Load the last checkpoint, or the initial model where there is none.
@@ -141,6 +145,7 @@ class Run:
                 "weight_sync.transport=none: this control experiment cannot be resumed, because "
                 "the engines would get the trained weights; start it again under another run.name"
             )
+        self.saved_step = progress.step
         if self.log is not None:
             self.log.resume_after(progress.step)
         return progress
@@ -192,9 +197,22 @@ class Run:
         """
         last = progress.step == self.config.run.steps
         if last or is_due(self.config.checkpoint.every, progress.step):
-            save_progress(self.actor, self.run_dir, progress, self.clock)
+            self._save(progress)
         else:
             self.actor.poll_save()
+
+    def stop_early(self, progress: Progress) -> None:
+        """Save what is not saved yet, and close everything; the same command goes on from here."""
+        if progress.step > self.saved_step:
+            self._save(progress)
+        self.clock.enter("checkpoint")
+        self.actor.finish_save()
+        self._close()
+        self.clock.enter(STOPPED_PHASE)
+
+    def _save(self, progress: Progress) -> None:
+        save_progress(self.actor, self.run_dir, progress, self.clock)
+        self.saved_step = progress.step
 
     def evaluate_start(self, progress: Progress, version: PolicyVersion) -> None:
         """With `eval.before_train`, evaluate the initial policy; its metrics are of step 0.
@@ -226,7 +244,10 @@ class Run:
         self.clock.enter("evaluate")
         values: dict[str, float] = {}
         for name in config.eval.named_sets:
-            batch = self.rollouts.collect(step, version, name)
+            try:
+                batch = self.rollouts.collect(step, version, name)
+            except StopRequested:
+                break  # the request stands: after this step's record the next one is not begun
             if self.log is not None:
                 self.log.evaluation(name, batch)
                 results = episode_results(batch)
@@ -242,11 +263,14 @@ class Run:
             self.actor.save_hf(self.run_dir / CHECKPOINTS / "hf")
         if self.config.lora.rank:
             self.actor.save_adapter(self.run_dir / CHECKPOINTS / "adapter")
+        self._close()
+        self.clock.enter("finished")
+
+    def _close(self) -> None:
         self.sync.close()
         if self.log is not None:
             self.log.report()
             self.log.close()
-        self.clock.enter("finished")
 
 
 def is_due(every: int, step: int) -> bool:

@@ -8,10 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from torch import distributed as dist
+
 from megatron_matpo.config import Config
 from megatron_matpo.data.conversations import batch_indices, read_conversations
 from megatron_matpo.data.schedule import num_trained_tokens
 from megatron_matpo.data.tokenizer import Tokenizer
+from megatron_matpo.megatron.actor import MegatronActor
+from megatron_matpo.obs.stop_request import STOPPED_PHASE
 from megatron_matpo.trainer.actor import build_actor
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import SupervisedLearner
@@ -24,6 +28,7 @@ from megatron_matpo.trainer.run import (
     load_progress,
     save_progress,
 )
+from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
 
 
@@ -45,7 +50,10 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
     progress = load_progress(actor, run_dir, clock)
     if log is not None:
         log.resume_after(progress.step)
-    while progress.step < config.sft.steps:
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+    saved_step = progress.step
+    while progress.step < config.sft.steps and not is_stop_agreed(run_dir, group):
         step = progress.step + 1
         with clock.step(step), clock.phase("train"):
             rows = batch_indices(len(samples), config.sft.batch_size, config.run.seed, step)
@@ -59,17 +67,26 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
             log.metrics(step, values, partial=True)
         if step == config.sft.steps or is_due(config.checkpoint.every, step):
             save_progress(actor, run_dir, progress, clock)
+            saved_step = step
         else:
             actor.poll_save()
+    if progress.step > saved_step:
+        save_progress(actor, run_dir, progress, clock)
     clock.enter("checkpoint")
     actor.finish_save()
+    is_done = progress.step >= config.sft.steps
+    if is_done:
+        _export(config, run_dir, actor, clock)
+    if log is not None:
+        log.close()
+    clock.enter("finished" if is_done else STOPPED_PHASE)
+
+
+def _export(config: Config, run_dir: Path, actor: MegatronActor, clock: Clock) -> None:
     clock.enter("export")
     actor.save_hf(config.sft.export or run_dir / CHECKPOINTS / "hf")
     if config.lora.rank:
         actor.save_adapter(run_dir / CHECKPOINTS / "adapter")
-    if log is not None:
-        log.close()
-    clock.enter("finished")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_matpo.config import Config
-from megatron_matpo.config.flops import Shape, peak_flops, training_flops
+from megatron_matpo.config.flops import Shape, training_flops
+from megatron_matpo.config.gpus import peak_flops
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.data.schedule import num_trained_tokens
 from megatron_matpo.types import Role, TrainSample

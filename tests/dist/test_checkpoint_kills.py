@@ -1,5 +1,6 @@
 """Whenever ranks are killed, or the disk is full, a whole checkpoint stays and is loaded next.
 
+`make test` kills a few times, `pytest -m sweep tests/dist/test_checkpoint_kills.py` 20 times.
 Processes are killed, not the machine: what the disk's own cache loses in a power cut is not shown.
 """
 
@@ -27,7 +28,6 @@ from tests.helpers.tiny import make_batch, make_tiny_model, tiny_config
 
 pytestmark = pytest.mark.dist
 
-KILLS = 20
 # Some dozens of saves of the tiny model fit into it.
 LONGEST_S = 0.6
 
@@ -52,11 +52,12 @@ def was_interrupted(folder: Path) -> bool:
     return bool(newer) or any(not re.fullmatch(r"step_\d+|latest", name) for name in names)
 
 
-def test_twenty_kills_lose_nothing(model_folder, tmp_path):
-    draw = random.Random(11)
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.sweep)])
+def test_kills_lose_nothing(model_folder, tmp_path, kills):
+    draw = random.Random(kills)
     folder, before, interrupted, steps = tmp_path / "checkpoints", 0, 0, []
     with nursery() as ranks:
-        for attempt in range(KILLS + 1):
+        for attempt in range(kills + 1):
             config = with_checkpoint(
                 tiny_config(model_folder, tp=2), asynchronous=attempt % 2 == 0, timeout_s=20.0
             )
@@ -64,7 +65,7 @@ def test_twenty_kills_lose_nothing(model_folder, tmp_path):
             pids = ranks.start(config, folder, reports)
             found = wait_for(reports)
             assert found == [{"step": before, "wrong": 0}] * WORLD_SIZE, attempt
-            if attempt == KILLS:
+            if attempt == kills:
                 kill(pids)
                 break
             while not (folder / "latest").exists():
@@ -77,7 +78,7 @@ def test_twenty_kills_lose_nothing(model_folder, tmp_path):
             before = latest_whole(folder)
             steps.append(before)
     assert steps == sorted(steps) and steps[-1] > steps[0], steps
-    assert interrupted >= KILLS // 4, "the kills missed the saves"
+    assert interrupted >= kills // 4, "the kills missed the saves"
 
 
 @pytest.mark.parametrize("when", ["writing", "renamed"])

@@ -42,25 +42,9 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def divisible_by_4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with as many key/value heads as TP4 needs."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(3)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
     folder = tmp_path_factory.mktemp("checkpoint") / "wide"
-    Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=8,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-            initializer_range=0.1,
-        )
-    ).save_pretrained(folder)
-    return folder
+    return make_tiny_model(folder, tied=False, seed=3, **heads)
 
 
 def run(

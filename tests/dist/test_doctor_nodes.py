@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_matpo.doctor.allocation import Node
+from megatron_matpo.launch.nodes import Node
 from megatron_matpo.doctor.groups import Outcome, expectation, report
 from megatron_matpo.doctor.lines import Line
 from megatron_matpo.doctor.meeting import Host, PeerLostError, join

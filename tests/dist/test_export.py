@@ -7,6 +7,8 @@ SGLang loads the folder (it reads the same files as transformers).
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.lora import LoraConfig
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import CheckpointError
+from megatron_matpo.megatron import export as worker
 from megatron_matpo.megatron.export import export
 from megatron_matpo.megatron.mapping import hf_shapes
 from tests.helpers.checkpoint_ranks import train_and_score
@@ -44,6 +47,19 @@ def trained(request, ranks, tmp_path_factory):
     return root / "run", model, stories[0]["weights"], scores
 
 
+@pytest.fixture
+def worker_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process of `matpo export` in this one, which has imported torch and Megatron already."""
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == [sys.executable, "-m", worker.__name__] and not check
+        monkeypatch.setattr(sys, "argv", command[2:])
+        return subprocess.CompletedProcess(command, worker.main())
+
+    monkeypatch.setattr("megatron_matpo.launch.export.subprocess.run", run)
+
+
+@pytest.mark.usefixtures("worker_here")
 def test_transformers_loads_it_and_gives_the_trainer_s_logprobs(trained, tmp_path, capfd):
     run, model, weights, scores = trained
     out = tmp_path / "out"
@@ -96,6 +112,7 @@ def test_bf16_in_several_files(trained, tmp_path):
     assert ours.shape == weights[first].shape and not torch.equal(ours.float(), weights[first])
 
 
+@pytest.mark.usefixtures("worker_here")
 def test_an_existing_folder_stays_unless_forced(trained, tmp_path, capfd):
     run, _, _, _ = trained
     out = tmp_path / "out"
@@ -109,6 +126,7 @@ def test_an_existing_folder_stays_unless_forced(trained, tmp_path, capfd):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.usefixtures("worker_here")
 def test_refusals_name_what_is_there(trained, tmp_path, capfd):
     run, _, _, _ = trained
     assert main(["export", str(run), "--step", "7"]) == 1
@@ -155,7 +173,8 @@ def test_adapters_are_merged(ranks, tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     stories = ranks.run(train_and_score, 4, config, BATCHES, folder)
     original = load_file(model / "model.safetensors")
-    export(folder / "step_2", tmp_path / "out")
+    # As a user does it, with its own process.
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == stories[0]["weights"].keys()
     for name, value in stories[0]["weights"].items():

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_matpo.config.hf_model import HfModelConfig
+from megatron_matpo.config.lora import LoraConfig
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.planning.parameters import (
     gradient_bytes,
@@ -80,3 +81,25 @@ def test_every_rank_with_experts(ranks: RankPool, tmp_path: Path, layout: Parall
         assert rank["gradients"] == gradient_bytes(job, stage)
         assert rank["optimizer"] <= optimizer_bytes(job, stage)
         assert rank["optimizer"] >= 0.9 * optimizer_bytes(job, stage)
+
+
+@pytest.mark.parametrize("targets", [["all"], ["q_proj", "down_proj"]], ids=["all", "two"])
+@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 2), (2, 2, 1)])
+def test_every_rank_with_adapters(
+    ranks: RankPool, tmp_path: Path, targets: list[str], tp: int, pp: int, dp: int
+) -> None:
+    """Frozen weights lie outside the buffers, without gradients and optimizer."""
+    folder = make_tiny_model(tmp_path / "model", tied=False)
+    config = replace(
+        tiny_config(folder, tp=tp, pp=pp, dp=dp),
+        precision="bf16",
+        lora=LoraConfig(rank=4, targets=targets),
+    )
+    job = job_of(config, HfModelConfig.from_folder(folder))
+    for rank in ranks.run(allocated, tp * pp * dp, config):
+        stage = rank["stage"]
+        assert rank["parameters_elsewhere"] == 0
+        assert rank["numel"] == num_parameters(job, stage)
+        assert rank["weights"] == weight_bytes(job, stage)
+        assert rank["gradients"] == gradient_bytes(job, stage)
+        assert 0.9 * optimizer_bytes(job, stage) <= rank["optimizer"] <= optimizer_bytes(job, stage)

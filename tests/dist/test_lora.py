@@ -4,8 +4,9 @@ Proved on gloo and in float32, with transformers and PEFT as oracle: log-probs a
 A and B with random non-zero adapters, with and without recompute; the same initial adapter, gradient
 norms, and adapters after three updates in all layouts; merged weights; the exported folders as PEFT
 and transformers load them; the base as reference model and bit for bit unchanged; memory for
-gradients and moments of the adapters only; the reductions of sequence parallelism. Not proved: bf16,
-and Transformer Engine's fused norms.
+gradients and moments of the adapters only. Layouts are tensor (with whole sequences and with parts
+of them), pipeline (with chunks) and data parallelism. Not proved: bf16, and Transformer Engine's fused
+norms.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.lora import TARGETS, LoraConfig
+from megatron_matpo.config.train import ParallelConfig
 from tests.helpers.dist import RankPool
-from tests.helpers.lora_ranks import learning_curve, lora_story, sequence_parallel_story
+from tests.helpers.lora_ranks import learning_curve, lora_story
 from tests.helpers.checkpoint_ranks import restore_error, train_and_save
 from tests.helpers.tiny import (
     make_batch,
@@ -36,15 +38,21 @@ from tests.helpers.tiny import (
 pytestmark = pytest.mark.dist
 
 BATCHES = [make_batch((3, 17), 0), make_batch((2, 9), 1)]
-ALONE, SPLIT = (1, 1, 1), (2, 2, 1)
-"""(tp, pp, dp)"""
+ALONE, SPLIT = ParallelConfig(), ParallelConfig(tensor=2, pipeline=2)
 # All targets, and a part of each fused linear; tied embeddings are frozen on two stages.
 SETTINGS = {
     "all": (LoraConfig(rank=3, alpha=5.0), False),
     "some": (LoraConfig(rank=2, alpha=8.0, targets=["v_proj", "q_proj", "up_proj"]), True),
 }
 LAYOUTS = {
-    "all": (ALONE, SPLIT, (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2)),
+    "all": (
+        ALONE,
+        SPLIT,
+        ParallelConfig(tensor=2, sequence=True),
+        ParallelConfig(pipeline=2, virtual=2),
+        ParallelConfig(data=2),
+        ParallelConfig(tensor=2, data=2),
+    ),
     "some": (ALONE, SPLIT),
 }
 
@@ -82,11 +90,11 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def stories(case: Any, ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict:
     lora, folder, full, layouts = case
     result = {}
-    for tp, pp, dp in layouts:
+    for layout in layouts:
         out = tmp_path_factory.mktemp("out")
-        config = lora_config(folder, lora, tp=tp, pp=pp, dp=dp)
-        result[tp, pp, dp] = ranks.run(lora_story, tp * pp * dp, config, BATCHES, full, out)
-        result[tp, pp, dp][0]["out"] = out
+        config = replace(lora_config(folder, lora), parallel=layout)
+        result[layout] = ranks.run(lora_story, layout.world_size, config, BATCHES, full, out)
+        result[layout][0]["out"] = out
     return result
 
 
@@ -110,9 +118,9 @@ def test_logprobs_are_those_of_peft(case, stories):
     assert float((base[0][0] - adapted[0][0]).abs().max()) > 0.1, "the adapter makes a difference"
     for layout, results in stories.items():
         for story in results:
-            assert_scores(story, "before", base, layout[2])
-            assert_scores(story, "scores", adapted, layout[2])
-            assert_scores(story, "reference", base, layout[2])
+            assert_scores(story, "before", base, layout.data)
+            assert_scores(story, "scores", adapted, layout.data)
+            assert_scores(story, "reference", base, layout.data)
 
 
 def test_gradients_are_those_of_peft(case, stories):
@@ -122,7 +130,7 @@ def test_gradients_are_those_of_peft(case, stories):
     assert set(expected) == set(full)
     for layout, results in stories.items():
         assert_close(results[0]["grads"], expected, 1e-5)
-        if layout[2] == 1:
+        if layout.data == 1:
             assert_close(results[0]["recomputed"], expected, 1e-5)
 
 
@@ -176,7 +184,7 @@ def test_only_adapters_are_trained_and_take_memory(case, stories):
             # Rows of a fused weight that belong to no target: k_proj and gate_proj of 4 layers.
             unused = 4 * (32 + 48) * lora.rank if len(lora.layers) < len(TARGETS) else 0
             assert sizes["trained"] == sum(value.numel() for value in full.values()) + unused
-        if layout[2] == 1:
+        if layout.data == 1:
             assert sizes["optimizer"] == 8 * sizes["trained"], "two moments in fp32"
         # Megatron starts each parameter at a multiple of 64 and pads the end.
         assert sizes["gradients"] < 4 * (sizes["trained"] + 64 * len(full) + 128)
@@ -246,13 +254,3 @@ def test_adapters_learn(ranks: RankPool, folder: Path):
     config = replace(config, optim=replace(config.optim, lr=1e-2, eps=1e-8, clip_grad=1.0))
     losses = ranks.run(learning_curve, 2, config, BATCHES[:1], 25)[0]
     assert losses[0] > 4.5 and losses[10] < 0.7 * losses[0] and losses[-1] < 0.5 * losses[0]
-
-
-def test_sequence_parallel_linears_give_the_same(ranks: RankPool, folder: Path):
-    """One column-parallel and one row-parallel linear whose tokens are split over two ranks."""
-    lora = SETTINGS["all"][0]
-    config = lora_config(folder, lora, tp=2)
-    for story in ranks.run(sequence_parallel_story, 2, config):
-        for name, (whole, parts) in story.items():
-            tolerance = 1e-5 * float(whole.abs().max())
-            torch.testing.assert_close(parts, whole, rtol=1e-5, atol=tolerance, msg=name)

@@ -1,4 +1,4 @@
-"""Transformer Engine's layers on the GPU against the local ones on the CPU, whole model.
+"""Transformer Engine's layers on the GPU against the local ones on the CPU and there, whole model.
 
 The local ones are proved against transformers (`tests/dist/test_families.py`), so this is too.
 """
@@ -13,7 +13,7 @@ import torch
 
 from megatron_matpo.config.run import ClusterConfig
 from tests.helpers.dist import run_ranks
-from tests.helpers.gpu_actor import gpu_actor, gpu_config, make_gpu_model
+from tests.helpers.gpu_actor import gpu_actor, gpu_config, local_layers, make_gpu_model
 from tests.helpers.megatron_ranks import scores_and_update
 from tests.helpers.tiny import make_batch, weighted_loss
 
@@ -39,3 +39,14 @@ def test_log_probs_loss_and_gradient_norm_agree(
         torch.testing.assert_close(entropy, want_entropy, rtol=tolerance, atol=tolerance)
     assert update.loss == pytest.approx(wanted.loss, rel=10 * tolerance, abs=tolerance)
     assert update.grad_norm == pytest.approx(wanted.grad_norm, rel=10 * tolerance)
+
+
+def test_the_local_layers_run_on_a_gpu_too(tmp_path: Path) -> None:
+    """What `benchmarks/gpu_actor.py` takes the speed of."""
+    config = gpu_config(make_gpu_model(tmp_path / "model", layers=2, hidden=256), "bf16")
+    with gpu_actor(config) as actor:
+        expected = actor.score(BATCHES)
+    with local_layers(), gpu_actor(config) as actor:
+        found = actor.score(BATCHES)
+    for (logprobs, _), (want, _) in zip(found, expected, strict=True):
+        torch.testing.assert_close(logprobs, want, rtol=1e-1, atol=1e-1)

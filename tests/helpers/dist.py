@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 _POLL_S = 0.05
@@ -60,6 +61,15 @@ def _serve(connection: Connection) -> None:
         # Models and process groups form cycles; a gloo group keeps its threads until it is freed.
         gc.collect()
         connection.send_bytes(answer)
+
+
+def warm_context() -> ForkServerContext:
+    """Starts processes that have Megatron imported already, and have one thread each."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    # Has no effect on a server that runs already. Nothing here starts a thread on import.
+    context.set_forkserver_preload(["tests.helpers.preload"])
+    return context
 
 
 class RankPool:
@@ -125,10 +135,7 @@ class RankPool:
 
     def _grow(self, world_size: int) -> None:
         """Start missing processes."""
-        os.environ["OMP_NUM_THREADS"] = "1"
-        context = multiprocessing.get_context("forkserver")
-        # Has no effect on a server that runs already. Nothing here starts a thread on import.
-        context.set_forkserver_preload(["tests.helpers.preload"])
+        context = warm_context()
         while len(self._ranks) < world_size:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)

@@ -13,6 +13,7 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.fp8 import Fp8Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.run import ClusterConfig
+from megatron_matpo.megatron import layer_spec
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.parallel import destroy_parallel, init_parallel
@@ -66,6 +67,20 @@ def gpu_actor(config: Config) -> Iterator[MegatronActor]:
     finally:
         destroy_parallel()
         torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def local_layers() -> Iterator[None]:
+    """Inside the block models are built of the local layers on a GPU too, as on a CPU.
+
+    Our attention, and Megatron's own linears; the final norm stays Transformer Engine's.
+    """
+    engine_layer = layer_spec._engine_layer
+    layer_spec._engine_layer = layer_spec._local_layer
+    try:
+        yield
+    finally:
+        layer_spec._engine_layer = engine_layer
 
 
 def learnable_batch(tokens: int, seed: int) -> MicroBatch:

@@ -7,7 +7,6 @@ groups, and forks the ranks of every attempt.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -24,7 +23,7 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.optimizer_state import members_of
 from megatron_matpo.obs.files import write_atomic
-from tests.helpers.dist import RankInfo, free_port
+from tests.helpers.dist import RankInfo, free_port, warm_context
 from tests.helpers.megatron_ranks import layout
 
 WORLD_SIZE = 2
@@ -105,8 +104,7 @@ class Nursery:
 @contextmanager
 def nursery() -> Iterator[Nursery]:
     """A warm process; it is gone after the block."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
+    context = warm_context()
     ours, theirs = context.Pipe()
     process = context.Process(target=_nursery, args=(theirs,), daemon=True)
     process.start()

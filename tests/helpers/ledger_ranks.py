@@ -23,14 +23,16 @@ def allocated(info: RankInfo, config: Config) -> dict[str, int]:
             for buffer in (*model.buffers, *model.expert_parallel_buffers)
         ]
         parameters = [p for model in actor._models for p in model.parameters()]
+        frozen = sum(p.nbytes for p in parameters if not p.requires_grad)
         flat = {buffer.param_data.untyped_storage().data_ptr() for buffer in buffers}
         return {
             "stage": state.pp_rank,
             "numel": sum(p.numel() for p in parameters),
             "parameters_elsewhere": sum(
-                p.untyped_storage().data_ptr() not in flat for p in parameters
+                p.untyped_storage().data_ptr() not in flat for p in parameters if p.requires_grad
             ),
-            "weights": sum(buffer.param_data.untyped_storage().nbytes() for buffer in buffers),
+            "weights": frozen
+            + sum(buffer.param_data.untyped_storage().nbytes() for buffer in buffers),
             "gradients": sum(buffer.grad_data.untyped_storage().nbytes() for buffer in buffers),
             "optimizer": _optimizer_bytes(actor._optimizer, flat),
         }

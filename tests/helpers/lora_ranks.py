@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_matpo.config import Config
@@ -18,7 +17,8 @@ from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.lora_io import adapter_tensors, peft_name
 from megatron_matpo.megatron.mapping import local_part
-from megatron_matpo.megatron.parallel import ParallelState, data_group, tensor_group
+from megatron_matpo.megatron.optimizer_state import members_of
+from megatron_matpo.megatron.parallel import ParallelState, data_group
 from megatron_matpo.megatron.schedule import forward_backward
 from tests.helpers.dist import RankInfo
 from tests.helpers.megatron_ranks import complete, layout, make_actor, share
@@ -57,13 +57,14 @@ def grads(
 ) -> dict[str, Tensor]:
     """Full gradients of all As and Bs by PEFT's names: the export with gradients for values."""
     hf = HfModelConfig.from_folder(config.model.path)
-    (model,) = actor._models
-    model.train()
-    model.zero_grad_buffer()
+    for model in actor._models:
+        model.train()
+        model.zero_grad_buffer()
     forward_backward(actor._models, batches, weighted_loss, state, config, vocab_size=hf.vocab_size)
-    for buffer in model.buffers:
-        complete(buffer, data_group())
-    trained = [p for p in model.parameters() if p.requires_grad]
+    for model in actor._models:
+        for buffer in model.buffers:
+            complete(buffer, data_group())
+    trained = [p for model in actor._models for p in model.parameters() if p.requires_grad]
     kept = [p.detach().clone() for p in trained]
     with torch.no_grad():
         for parameter in trained:
@@ -134,18 +135,18 @@ def _base(actor: MegatronActor) -> list[Tensor]:
 
 def sizes(actor: MegatronActor) -> dict[str, int]:
     """Bytes of this rank's gradient buffers and optimizer state; numbers of parameters."""
-    (model,) = actor._models
-    inner = getattr(actor._optimizer, "chained_optimizers", [actor._optimizer])[0].optimizer
+    parameters = [p for model in actor._models for p in model.parameters()]
     return {
-        "gradients": sum(buffer.grad_data.nbytes for buffer in model.buffers),
+        "gradients": sum(b.grad_data.nbytes for model in actor._models for b in model.buffers),
         "optimizer": sum(
             tensor.nbytes
-            for moments in inner.state.values()
+            for member in members_of(actor._optimizer)
+            for moments in member.optimizer.state.values()
             for name, tensor in moments.items()
             if name != "step"
         ),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "all": sum(p.numel() for p in model.parameters()),
+        "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        "all": sum(p.numel() for p in parameters),
     }
 
 
@@ -163,45 +164,3 @@ def learning_curve(
 
         mine = share(batches, state)
         return [actor.update(mine, loss_fn, i).loss for i in range(num_updates)]
-
-
-def sequence_parallel_story(info: RankInfo, config: Config) -> dict[str, tuple[Tensor, Tensor]]:
-    """Outputs and gradients of two adapted linears: with whole sequences, and with parts of them.
-
-    The marks of `Adapter` make Megatron sum the gradients of the unsplit matrices; done here.
-    """
-    with layout(info, config) as state:
-        actor = make_actor(config, state)
-        generator = torch.Generator().manual_seed(2)
-        for adapter in lora.adapters(actor._models):
-            with torch.no_grad():
-                adapter.B.copy_(torch.randn(adapter.B.shape, generator=generator))
-        layer = actor._models[0].module.decoder.layers[0].mlp
-        story: dict[str, tuple[Tensor, Tensor]] = {}
-        for linear in (layer.linear_fc1, layer.linear_fc2):
-            adapter = linear.lora
-            x = torch.randn(6, 2, linear.weight.shape[1], generator=generator)
-            dy = torch.randn(6, 2, linear.weight.shape[0], generator=generator)
-            whole = _pass(linear, adapter, x, dy)
-            linear.sequence_parallel, adapter._sequence_parallel = True, True
-            linear.allreduce_dgrad = False
-            part = state.tp_rank
-            if adapter.is_row:
-                y, dx, da, db = _pass(linear, adapter, x, dy.chunk(2)[part])
-                y, dx = (y, whole[0].chunk(2)[part]), (dx, whole[1])
-            else:
-                y, dx, da, db = _pass(linear, adapter, x.chunk(2)[part], dy)
-                y, dx = (y, whole[0]), (dx, whole[1].chunk(2)[part])
-            dist.all_reduce(db if adapter.is_row else da, group=tensor_group())
-            kind = "row" if adapter.is_row else "column"
-            story |= {f"{kind} y": y, f"{kind} dx": dx}
-            story |= {f"{kind} dA": (da, whole[2]), f"{kind} dB": (db, whole[3])}
-        return {name: (want, found) for name, (found, want) in story.items()}
-
-
-def _pass(linear: Any, adapter: lora.Adapter, x: Tensor, dy: Tensor) -> list[Tensor]:
-    """y, dx, dA, dB."""
-    x = x.clone().requires_grad_()
-    y, _ = linear(x)
-    grads = torch.autograd.grad(y, (x, adapter.A, adapter.B), dy)
-    return [y.detach(), *(grad.clone() for grad in grads)]

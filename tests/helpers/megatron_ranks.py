@@ -28,7 +28,7 @@ from megatron_matpo.megatron.parallel import (
 )
 from megatron_matpo.megatron.schedule import LossFn, forward_backward
 from tests.helpers.dist import RankInfo
-from tests.helpers.tiny import weighted_loss
+from tests.helpers.tiny import unpacked, weighted_loss
 
 
 @contextlib.contextmanager
@@ -119,12 +119,14 @@ def complete(buffer: Any, group: dist.ProcessGroup) -> None:
 
 
 def short_story(info: RankInfo, config: Config, batches: Sequence[MicroBatch]) -> dict[str, Any]:
-    """Load, export, score, differentiate and update twice in one layout."""
+    """Load, export, score (packed, and each sample alone), differentiate, update twice."""
     with layout(info, config) as state:
         actor = make_actor(config, state)
         mine = share(batches, state)
         story: dict[str, Any] = {"dp_rank": state.dp_rank, "initial": dict(actor.export())}
         story["scores"] = actor.score(mine)
+        samples = [sample for batch in batches for sample in unpacked(batch)]
+        story["alone"] = actor.score(share(samples, state))
         story["grads"] = grads(actor, config, mine, state)
         story["updates"] = [actor.update(mine, weighted_loss, i) for i in range(2)]
         story["final"] = dict(actor.export())
@@ -219,6 +221,11 @@ def sharded_logprobs(
                 }
             )
     return results
+
+
+def num_threads(_: RankInfo) -> int:
+    """Of this process, which is in no layout at the moment."""
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 def layout_error(info: RankInfo, config: Config) -> str:

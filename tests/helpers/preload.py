@@ -1,5 +1,6 @@
 """What the server imports from which ranks are forked (see `tests.helpers.dist`)."""
 
+import gc
 import importlib
 import warnings
 
@@ -9,3 +10,6 @@ warnings.simplefilter("ignore")
 cpu_backend.install()
 for name in ("learner_ranks", "megatron_ranks"):
     importlib.import_module(f"tests.helpers.{name}")
+# Ranks collect garbage after every function; what was imported here need not be looked at again.
+gc.collect()
+gc.freeze()

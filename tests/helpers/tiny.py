@@ -17,20 +17,26 @@ VOCAB_SIZE = 101
 """Odd, so that tensor parallelism has to pad."""
 
 
-def make_tiny_model(folder: Path, *, tied: bool, seed: int = 0) -> Path:
-    """Write a 4-layer Qwen3 with transformers; norms are random too, so that mix-ups show."""
+def make_tiny_model(folder: Path, *, tied: bool, seed: int = 0, **sizes: int) -> Path:
+    """Write a 4-layer Qwen3 with transformers; norms are random too, so that mix-ups show.
+
+    `sizes` are fields of its configuration that shall differ from those below.
+    """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(seed)
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
     model = Qwen3ForCausalLM(
         Qwen3Config(
+            **{**shape, **sizes},
             vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
             max_position_embeddings=128,
             tie_word_embeddings=tied,
             rope_parameters={"rope_type": "default", "rope_theta": 1e6},

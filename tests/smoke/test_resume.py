@@ -11,6 +11,7 @@ import time
 import psutil
 import pytest
 
+from megatron_matpo.wire import recording_path
 from tests.helpers.matpo import (
     QUICKSTART,
     read_metrics,
@@ -85,3 +86,34 @@ def test_ctrl_c_stops_everything_and_says_how_to_resume(live_run, tmp_path):
     assert time.monotonic() - started < 30
     assert wait_until_gone(tmp_path / "stopped") == []
     assert "resume" in log.read_text()
+
+
+def test_a_scheduler_that_signals_every_process_loses_nothing(live_run, tmp_path):
+    # Four recordings over and over: a run that is long enough to be stopped in the middle.
+    steps, recordings = 40, tmp_path / "recordings"
+    recordings.mkdir()
+    for step in range(1, steps + 1):
+        source = recording_path(live_run / "rollouts", (step - 1) % STEPS + 1)
+        recording_path(recordings, step).symlink_to(source)
+
+    def command(name):
+        replayed = replay(live_run, tmp_path, name)
+        options = (f"rollout.replay={recordings}", f"run.steps={steps}", "checkpoint.every=0")
+        return [*replayed, *options, "run.save_on_stop=true"]
+
+    whole = run_matpo(*command("whole"))
+    assert whole.returncode == 0, whole.stdout
+    run_dir, log = tmp_path / "preempted", tmp_path / "out.log"
+    process = start_matpo(*command("preempted"), log=log)
+    wait_for_step(run_dir, 1, timeout_s=120)
+    # As Slurm does: the signal goes to all processes of the job step at once.
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
+        victim.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, log.read_text()
+    assert wait_until_gone(run_dir) == []
+    saved = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
+    assert 1 <= saved < steps
+    assert [line["step"] for line in read_metrics(run_dir)] == list(range(1, saved + 1))
+    done = run_matpo(*command("preempted"))
+    assert done.returncode == 0, done.stdout
+    assert losses(run_dir) == losses(tmp_path / "whole")

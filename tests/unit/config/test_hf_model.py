@@ -6,6 +6,7 @@ Not proved here: that the accepted settings are computed right; `tests/dist/test
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,16 @@ def test_chunks_divide_the_layers_of_a_stage(hf):
     assert check_layout(hf, ParallelConfig(virtual=2)) == [
         "parallel.virtual=2: chunks per pipeline stage need parallel.pipeline of at least 2; use 1"
     ]
+
+
+def test_windows_are_not_split_over_context_parallel_gpus(hf):
+    """Transformer Engine lacks it; the CPU's own attention does not."""
+    split, windowed = ParallelConfig(context=2), replace(hf, sliding_window=4096)
+    assert check_layout(hf, split, on_gpu=True) == []
+    assert check_layout(windowed, split) == []
+    assert check_layout(windowed, ParallelConfig(tensor=2), on_gpu=True) == []
+    (line,) = check_layout(windowed, split, on_gpu=True)
+    assert line.startswith("parallel.context=2: tiny attends to a window of 4096 tokens")
 
 
 def test_layouts_of_experts(tmp_path):

@@ -61,9 +61,21 @@ def test_bases_chain_relative_to_their_file_and_the_nearest_wins(write):
     assert config.agents["a"] == AgentConfig(max_turns=3, max_tokens_per_turn=9)
 
 
-def test_a_circle_of_bases_is_refused(write):
-    write("{base: b.yaml}", "a.yaml")
-    recipe = write("{base: a.yaml}", "b.yaml")
+def test_of_several_bases_the_last_wins_and_a_shared_one_counts_once(write):
+    write("{run: {steps: 1, seed: 1, name: root, dir: root}}", "root.yaml")
+    write("{base: root.yaml, run: {steps: 2, seed: 2, name: left}}", "left.yaml")
+    write("{base: root.yaml, run: {steps: 3}}", "right.yaml")
+    recipe = write("{base: [left.yaml, right.yaml], run: {name: own}}")
+    run = load_recipe(recipe, []).run
+    # `root` is below both: what `left` says is not undone because `right` has the same base.
+    assert (run.steps, run.seed, run.name, run.dir) == (3, 2, "own", "root")
+
+
+@pytest.mark.parametrize("base", ["a.yaml", "[root.yaml, a.yaml]"])
+def test_a_circle_of_bases_is_refused(write, base):
+    write("{}", "root.yaml")
+    write("{base: [root.yaml, b.yaml]}", "a.yaml")
+    recipe = write(f"{{base: {base}}}", "b.yaml")
     (line,) = problems_of(recipe)
     assert "circle" in line
     assert "a.yaml" in line
@@ -73,7 +85,9 @@ def test_a_circle_of_bases_is_refused(write):
     ("text", "expected"),
     [
         ("{base: nowhere.yaml}", "nowhere.yaml: no such recipe file (base of"),
-        ("{base: [a]}", "expected the path of a recipe"),
+        ("{base: [a, 3]}", "expected the path of a recipe, or a list of them"),
+        ("{base: []}", "expected the path of a recipe, or a list of them"),
+        ("{base: {a: b}}", "expected the path of a recipe, or a list of them"),
         ("- a\n- b\n", "expected a mapping of sections"),
         ("run: {steps: [}", "not valid YAML"),
         ("run: {steps: 1, steps: 2}", "not valid YAML"),
@@ -159,7 +173,7 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
         ("rollout.temperature=0", "must be greater than 0"),
         ("rollout.top_p=0", "must be greater than 0 and at most 1"),
         ("rollout.top_k=0", "-1 (off) or at least 1"),
-        ("rollout.max_staleness=1", "only 0 (synchronous"),
+        ("cluster.placement=x", "expected one of disaggregated, colocated"),
         ("parallel.expert=2", "must divide tensor x context x data = 1"),
         ("parallel.virtual=0", "must be at least 1"),
         ("run.name=../x", "a folder name of letters"),

@@ -5,7 +5,6 @@ The model folder is a `config.json` and empty files: what the weights hold is no
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import replace
 
@@ -16,28 +15,14 @@ from megatron_matpo.config.agents import AgentConfig
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
-from megatron_matpo.config.validate import collect_violations, collect_warnings
-
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "vocab_size": 512,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 40960,
-}
+from megatron_matpo.config.validate import check_values, collect_violations, collect_warnings
+from tests.helpers.model_folder import write_model_folder
 
 
 @pytest.fixture
 def config(tmp_path) -> Config:
     """A configuration without violations."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    for name in ("tokenizer.json", "model.safetensors"):
-        (tmp_path / name).touch()
+    write_model_folder(tmp_path)
     base = Config()
     return replace(
         base,
@@ -53,6 +38,21 @@ def config(tmp_path) -> Config:
 
 def section(config: Config, name: str, **values) -> Config:
     return replace(config, **{name: replace(getattr(config, name), **values)})
+
+
+def test_staleness_can_be_planned_and_is_refused_by_train_alone(config):
+    stale = section(config, "rollout", max_staleness=1)
+    (problem,) = collect_violations(stale, command="train")
+    assert problem.startswith("rollout.max_staleness=1: only 0 (synchronous")
+    assert collect_violations(stale, command="eval") == []
+    assert check_values(stale) == []
+
+
+def test_a_colocated_trainer_can_be_planned_and_is_refused_for_a_run(config):
+    shared = section(config, "cluster", placement="colocated")
+    (problem,) = collect_violations(shared, command="train")
+    assert problem.startswith("cluster.placement=colocated: trainer and engines cannot share GPUs")
+    assert check_values(shared) == []
 
 
 def test_a_good_configuration_passes(config):
@@ -133,7 +133,10 @@ def test_trainer_and_engines_must_fit_on_the_gpus(config):
     gpu = replace(config, cluster=ClusterConfig(gpus_per_node=4))
     gpu = section(section(gpu, "parallel", tensor=2, data=2), "rollout", num_servers=1)
     (line,) = collect_violations(gpu, command="train")
-    assert line.startswith("cluster.gpus_per_node=4: the run needs 5")
+    assert line == (
+        "rollout.num_servers=1: only 0 engines of rollout.tensor=1 GPUs fit on cluster.num_nodes=1 "
+        "x cluster.gpus_per_node=4 beside 4 trainer ranks (parallel.*)"
+    )
     assert collect_violations(gpu, command="sft") == []
 
 
@@ -196,9 +199,9 @@ def test_a_missing_node_is_named_with_the_command_that_installs_it(config, monke
 
 
 def test_what_only_the_plan_can_reckon_with_is_refused_for_a_run(config):
-    several = section(config, "cluster", num_nodes=2)
-    (line,) = collect_violations(several, command="train")
-    assert line == "cluster.num_nodes=2: only 1 node is supported"
+    shared = section(config, "cluster", placement="colocated")
+    (line,) = collect_violations(shared, command="train")
+    assert line.startswith("cluster.placement=colocated: trainer and engines cannot share GPUs yet")
 
 
 def test_bf16_layers_of_an_fp8_run_fit_into_a_stage(config):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,27 +10,13 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.lora import TARGETS, LoraConfig
 from megatron_matpo.config.train import ModelConfig
 from megatron_matpo.config.validate import collect_violations
-
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "hidden_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "intermediate_size": 128,
-    "vocab_size": 512,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 40960,
-}
+from tests.helpers.model_folder import write_model_folder
 
 
 @pytest.fixture
 def problems(tmp_path):
     """What `matpo sft` says about a section `lora`."""
-    (tmp_path / "config.json").write_text(json.dumps(QWEN3))
-    for name in ("tokenizer.json", "model.safetensors"):
-        (tmp_path / name).touch()
+    write_model_folder(tmp_path)
 
     def ask(lora: LoraConfig, **model: bool) -> list[str]:
         config = replace(Config(), lora=lora, model=ModelConfig(path=str(tmp_path), **model))

@@ -15,7 +15,6 @@ import pytest
 
 from megatron_matpo.config.doctor import DoctorConfig
 from megatron_matpo.doctor import command
-from megatron_matpo.doctor.allocation import Node, this_node
 from megatron_matpo.doctor.catalogue import CHECKS, NODE_CHECKS, table
 from megatron_matpo.doctor.child import ask, ask_python
 from megatron_matpo.doctor.command import Request, doctor, read_site, run_checks
@@ -212,20 +211,6 @@ def test_a_childs_words_count_until_it_dies():
     answer = ask_python(sys.executable, "tell(a=1); raise KeyError('gone')", 30.0)
     assert answer.problem == "KeyError: 'gone'"
     assert ask(["/nowhere/x"], 1.0).problem == "/nowhere/x: No such file or directory"
-
-
-def test_the_node_is_read_from_a_step_not_from_a_job():
-    job = {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0", "SLURMD_NODENAME": "n1"}
-    assert this_node({**job, "SLURM_JOB_NUM_NODES": "2"}) == Node(0, 1, "local", "n1")
-    step = {**job, "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1"}
-    assert this_node(step) == Node(1, 2, "7.3.0", "n1")
-    assert this_node({**step, "SLURM_RESTART_COUNT": "2"}).launch_id == "7.3.2"
-    own = {"MATPO_NODE_RANK": "1", "MATPO_NUM_NODES": "4", "MATPO_LAUNCH_ID": "a/../b"}
-    assert this_node({**step, **own}) == Node(1, 4, "a_.._b", "n1")
-    with pytest.raises(ConfigError, match=r"MATPO_NODE_RANK=4: must be less"):
-        this_node({**own, "MATPO_NODE_RANK": "4"})
-    with pytest.raises(ConfigError, match=r"MATPO_NODE_RANK=: expected a number"):
-        this_node({"MATPO_NUM_NODES": "4"})
 
 
 def test_the_exit_code_says_whether_this_node_is_to_blame():

@@ -1,6 +1,8 @@
 """FakeRole: a small real process that stands in for a role of a run.
 
-`python fake_role.py NAME [exit_after=S] [code=N] [ignore_term] [spawn] [fail=TEXT] [run_dir=D]`
+`python fake_role.py NAME FLAG ...` with exit_after=S, code=N, ignore_term, spawn, fail=TEXT,
+run_dir=D, saves=S. With `saves` it does as a trainer does: S seconds after a stop is requested it
+ends well, "stopped".
 """
 
 from __future__ import annotations
@@ -10,6 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+
+from megatron_matpo.obs.status import PhaseWriter
+from megatron_matpo.obs.stop_request import STOPPED_PHASE, is_stop_requested
 
 
 def main() -> None:
@@ -33,6 +39,10 @@ def main() -> None:
     deadline = time.monotonic() + float(settings.get("exit_after", 60))
     while time.monotonic() < deadline:
         time.sleep(0.02)
+        if "saves" in settings and is_stop_requested(Path(settings["run_dir"])):
+            time.sleep(float(settings["saves"]))
+            PhaseWriter(settings["run_dir"], name, 0).set(STOPPED_PHASE)
+            os._exit(0)
     code = int(settings.get("code", 0))
     if code:
         print(f"Fake {name} last words", flush=True)

@@ -1,7 +1,8 @@
 """Supervises FakeRoles as `matpo train` supervises real ones.
 
 `python fake_run.py RUN_DIR START_TIMEOUT_S GRACE_S 'NAME FLAG ...' ...`; roles whose flags include
-`ready` count as ready at once; the role `trainer` ends the run.
+`ready` count as ready at once; the role `trainer` ends the run. SAVE_TIMEOUT_S and SAVE_ON_STOP of
+the environment are limits too; which node it is comes from the environment as for real runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from megatron_matpo.launch.console import Console, ProgressView
 from megatron_matpo.launch.guard import run_guarded
+from megatron_matpo.launch.meeting import Meeting
+from megatron_matpo.launch.nodes import this_node
 from megatron_matpo.launch.roles import RoleSpec
 from megatron_matpo.launch.supervisor import Limits, Supervisor
 
@@ -20,7 +23,14 @@ FAKE_ROLE = Path(__file__).with_name("fake_role.py")
 
 def main() -> int:
     run_dir = Path(sys.argv[1])
-    limits = Limits(float(sys.argv[2]), float(sys.argv[3]))
+    environ = os.environ
+    limits = Limits(
+        start_timeout_s=float(sys.argv[2]),
+        stop_grace_s=float(sys.argv[3]),
+        save_timeout_s=float(environ.get("SAVE_TIMEOUT_S", "0")),
+        save_on_stop="SAVE_ON_STOP" in environ,
+    )
+    node = this_node(environ)
     roles = []
     for text in sys.argv[4:]:
         name, *flags = text.split()
@@ -32,13 +42,17 @@ def main() -> int:
                 env=dict(os.environ),
                 is_ready=lambda is_ready=is_ready: is_ready,
                 ends_run=name == "trainer",
+                may_end="may_end" in flags,
+                is_needed_to_save=name.startswith("trainer"),
             )
         )
     console = Console(sys.stdout)
 
     def supervise() -> int:
         print(f"supervisor pid {os.getpid()}", flush=True)
-        return Supervisor(run_dir, roles, limits, console, ProgressView(run_dir, 3, console)).run()
+        meeting = Meeting(run_dir, node, node_timeout_s=6.0)
+        view = ProgressView(run_dir, 3, console)
+        return Supervisor(run_dir, roles, limits, console, view, meeting).run()
 
     return run_guarded(supervise, limits.stop_grace_s)
 

@@ -10,7 +10,6 @@ import pytest
 
 from megatron_matpo.__main__ import main
 from megatron_matpo.config import Config, load_recipe
-from megatron_matpo.config.plan import make_plan, num_ports
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.config.validate import collect_violations
@@ -18,8 +17,10 @@ from megatron_matpo.launch.console import Console
 from megatron_matpo.launch.eval import EvalRequest, EvalView, default_name
 from megatron_matpo.launch.origin import find_origin
 from megatron_matpo.launch.roles import plan_roles
+from megatron_matpo.launch.run_secrets import RunSecrets
 from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.obs.status import PhaseWriter
+from tests.helpers.plans import lone_plan
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
@@ -110,19 +111,19 @@ def test_engines_take_all_gpus_and_no_trainer_is_started(tmp_path):
         parallel=ParallelConfig(tensor=4),
         rollout=replace(base.rollout, num_servers=2, tensor=2),
     )
-    plan = make_plan(config, list(range(21000, 21000 + num_ports(config))), has_trainer=False)
+    plan = lone_plan(config, has_trainer=False)
     assert [place.gpus for place in plan.engines] == [(0, 1), (2, 3)]
-    roles = plan_roles(config, plan, tmp_path, "eval")
+    roles = plan_roles(config, plan, tmp_path, "eval", RunSecrets())
     assert [role.name for role in roles] == ["engine-0", "engine-1", "manager", "evaluation"]
     assert [role.name for role in roles if role.ends_run] == ["evaluation"]
-    assert not any("gpus_per_node" in x for x in collect_violations(config, command="eval"))
-    assert any("gpus_per_node" in x for x in collect_violations(config, command="train"))
+    assert not any("num_servers" in x for x in collect_violations(config, command="eval"))
+    assert any("num_servers" in x for x in collect_violations(config, command="train"))
 
 
 def test_the_evaluation_is_ready_when_it_says_anything(tmp_path):
     config = Config()
-    plan = make_plan(config, list(range(21000, 21010)), has_trainer=False)
-    role = plan_roles(config, plan, tmp_path, "eval")[-1]
+    plan = lone_plan(config, has_trainer=False)
+    role = plan_roles(config, plan, tmp_path, "eval", RunSecrets())[-1]
     assert not role.is_ready()
     PhaseWriter(tmp_path, "evaluation", 0).set("connect")
     assert role.is_ready()

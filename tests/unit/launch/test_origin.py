@@ -8,7 +8,7 @@ import pytest
 
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.origin import Death, describe_exit, find_origin, last_lines
-from megatron_matpo.launch.torchrun_files import EXITS_FILE
+from megatron_matpo.launch.torchrun_files import exits_file
 from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.obs.status import PhaseWriter
 
@@ -56,7 +56,7 @@ def test_a_manager_that_says_why_is_quoted(run_dir):
 def test_a_rank_that_a_signal_ended_beats_its_peers_complaints(run_dir):
     PhaseWriter(run_dir, "trainer", 1).set("train", 3)
     fail(run_dir, "trainer", 0, RuntimeError("[gloo] Connection closed by peer"))
-    (run_dir / "status" / EXITS_FILE).write_text("1 -9\n0 1\n")
+    (run_dir / "status" / exits_file(0)).write_text("1 -9 7\n0 1 8\n")
     origin = find_origin(run_dir, [Death("trainer", 1, time.time())])
     assert origin is not None
     assert (origin.name, origin.phase) == ("trainer-1", "train")
@@ -64,7 +64,7 @@ def test_a_rank_that_a_signal_ended_beats_its_peers_complaints(run_dir):
 
 
 def test_a_rank_that_ended_without_a_word_is_named(run_dir):
-    (run_dir / "status" / EXITS_FILE).write_text("1 3\n0 -15\n")
+    (run_dir / "status" / exits_file(0)).write_text("1 3 7\n0 -15 8\n")
     origin = find_origin(run_dir, [Death("trainer", 1, time.time())])
     assert origin is not None
     assert (origin.name, origin.log_name) == ("trainer-1", "trainer-1")
@@ -73,7 +73,7 @@ def test_a_rank_that_ended_without_a_word_is_named(run_dir):
 
 def test_a_rank_that_was_stopped_because_of_another_is_not_the_origin(run_dir):
     fail(run_dir, "trainer", 0, ValueError("bad number"))
-    (run_dir / "status" / EXITS_FILE).write_text("1 -15\n0 1\n")
+    (run_dir / "status" / exits_file(0)).write_text("1 -15 7\n0 1 8\n")
     origin = find_origin(run_dir, [Death("trainer", 1, time.time())])
     assert origin is not None
     assert origin.name == "trainer-0"

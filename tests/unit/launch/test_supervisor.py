@@ -7,7 +7,6 @@ prove that real roles become ready.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -17,69 +16,7 @@ from pathlib import Path
 
 import pytest
 
-FAKE_RUN = Path(__file__).with_name("fake_run.py")
-
-
-class FakeRun:
-    """A supervised run of FakeRoles in a subprocess."""
-
-    def __init__(
-        self, run_dir: Path, *roles: str, start_timeout_s: float = 30, grace_s: float = 0.4
-    ):
-        for name in ("logs", "status"):
-            (run_dir / name).mkdir(parents=True, exist_ok=True)
-        self.run_dir = run_dir
-        self.started = time.monotonic()
-        argv = [sys.executable, str(FAKE_RUN), str(run_dir), str(start_timeout_s), str(grace_s)]
-        self.process = subprocess.Popen(
-            [*argv, *roles],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            # The tests themselves may run under nohup, and an ignored SIGHUP stays ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
-            env={**os.environ, "MATPO_TEST_MARK": str(run_dir), "PYTHONPATH": os.getcwd()},
-        )
-
-    def wait(self, timeout_s: float = 20) -> tuple[int, str]:
-        output, _ = self.process.communicate(timeout=timeout_s)
-        return self.process.returncode, output
-
-    def wait_for_line(self, pattern: str) -> re.Match[str]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if match := re.search(pattern, line):
-                return match
-        raise AssertionError(f"no line with {pattern}")
-
-    def wait_for_log(self, name: str, text: str) -> None:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            log = self.run_dir / "logs" / f"{name}.log"
-            if log.exists() and text in log.read_text():
-                return
-            time.sleep(0.02)
-        raise AssertionError(f"no {text!r} in the log of {name}")
-
-    def survivors(self) -> list[str]:
-        """Command lines of living processes that this run has started."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes()
-                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if f"MATPO_TEST_MARK={self.run_dir}".encode() in environment.split(b"\0"):
-                found.append(command)
-        return found
-
-    def assert_nothing_left(self, within_s: float = 6) -> None:
-        deadline = time.monotonic() + within_s
-        while self.survivors() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert self.survivors() == []
+from tests.helpers.supervised import FakeRun
 
 
 @pytest.fixture
@@ -87,8 +24,8 @@ def fake_run(tmp_path: Path) -> Iterator[type[FakeRun]]:
     runs: list[FakeRun] = []
 
     class Tracked(FakeRun):
-        def __init__(self, *roles: str, **limits: float):
-            super().__init__(tmp_path, *roles, **limits)
+        def __init__(self, *roles: str, **options):
+            super().__init__(tmp_path, *roles, **options)
             runs.append(self)
 
     yield Tracked  # type: ignore[misc]
@@ -148,9 +85,11 @@ def test_a_program_that_does_not_exist_is_a_clear_error(tmp_path):
         "from megatron_matpo.launch.console import Console, ProgressView; "
         "from megatron_matpo.launch.supervisor import Limits, Supervisor; "
         "from megatron_matpo.launch.roles import RoleSpec; "
+        "from tests.helpers.plans import lone_meeting; "
         "c = Console(sys.stdout); d = Path(sys.argv[1]); "
         "r = RoleSpec('engine-0', ('/no/such/program',), {}, lambda: False); "
-        "sys.exit(Supervisor(d, [r], Limits(5, 1), c, ProgressView(d, 1, c)).run())"
+        "v = ProgressView(d, 1, c); "
+        "sys.exit(Supervisor(d, [r], Limits(5, 1), c, v, lone_meeting(d)).run())"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=20

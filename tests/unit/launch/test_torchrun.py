@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from megatron_matpo.config import Config, dump_config
-from megatron_matpo.config.plan import make_plan, num_ports
+from megatron_matpo.config.plan import num_ports
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.launch.origin import Death, find_origin
 from megatron_matpo.launch.ports import free_ports
+from tests.helpers.plans import lone_plan
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -40,7 +41,7 @@ def launch(run_dir: Path, mode: str) -> int:
     for name in ("logs", "status"):
         (run_dir / name).mkdir()
     config = replace(Config(), parallel=ParallelConfig(tensor=2))
-    plan = make_plan(config, free_ports("127.0.0.1", num_ports(config)))
+    plan = lone_plan(config, free_ports("127.0.0.1", num_ports(config)))
     (run_dir / "config.yaml").write_text(dump_config(config))
     (run_dir / "plan.json").write_text(plan.to_json())
     (run_dir / "fake_trainer.py").write_text(FAKE_TRAINER.format(mode=mode))
@@ -48,7 +49,7 @@ def launch(run_dir: Path, mode: str) -> int:
     search = os.pathsep.join([os.getcwd(), str(run_dir)])
     with (run_dir / "logs" / "trainer.log").open("w") as log:
         return subprocess.run(
-            [*argv, "--entry", "fake_trainer"],
+            [*argv, "--entry", "fake_trainer", "--node", "0"],
             env={**os.environ, "PYTHONPATH": search},
             stdout=log,
             stderr=log,

@@ -23,6 +23,7 @@ from megatron_matpo.planning.parameters import (
     total_parameters,
 )
 from megatron_matpo.planning.shape import Job, Layout
+from tests.helpers.planning_jobs import bf16_job
 
 HF = HfModelConfig(
     folder="Qwen3-30B-A3B",
@@ -51,24 +52,13 @@ HF = HfModelConfig(
         layers=(True,) * 48,
     ),
 )
+WINDOWED = replace(HF, sliding_window=4096)
 LAYOUT = Layout(tensor=4, pipeline=1, context=1, data=8, sequence=True)
 EXPERTS = 48 * 128 * 3 * 2048 * 768
 
 
 def job(layout: Layout = LAYOUT) -> Job:
-    return Job(
-        hf=HF,
-        layout=layout,
-        parameters="bf16",
-        fp8_recipe="",
-        fp8_params=False,
-        fp8_bf16_layers=0,
-        micro_batch_tokens=40_960,
-        logprob_chunk_tokens=2048,
-        bucket_mb=256,
-        has_reference=False,
-        is_local=False,
-    )
+    return bf16_job(HF, layout)
 
 
 def test_parameters_are_the_published_ones() -> None:
@@ -97,6 +87,15 @@ def test_what_a_token_leaves_at_its_experts() -> None:
     kept = kept_bytes_per_token(job(), is_moe=True)
     recomputed = kept_bytes_per_token(job(replace(LAYOUT, recompute="full")), is_moe=True)
     assert kept > expert_bytes_per_token(job()) > recomputed == 2048 * 2 / 4
+
+
+def test_candidates_split_no_window_over_context_parallel_ranks() -> None:
+    """Transformer Engine cannot."""
+    gpu = find_gpu("A800-80G")
+    assert gpu is not None
+    found = {layout.context for layout in candidates(HF, Site(gpu, 32, 8))}
+    windowed = {layout.context for layout in candidates(WINDOWED, Site(gpu, 32, 8))}
+    assert found == {1, 2, 4, 8} and windowed == {1}
 
 
 def test_candidates_split_experts_inside_a_stage() -> None:

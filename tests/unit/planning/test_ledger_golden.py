@@ -30,29 +30,18 @@ from megatron_matpo.planning.parameters import (
 )
 from megatron_matpo.planning.pipeline import bubble_frac, in_flight_chunks
 from megatron_matpo.planning.shape import Job, Layout
+from tests.helpers.planning_jobs import bf16_job
 
 MODELS = Path(__file__).parents[3] / "recipes" / "models"
 # Qwen3-14B: 40 layers; q 40 x 128, k and v 8 x 128 each; SwiGLU 17408; vocabulary 151936, untied.
 LAYER_MATRICES = 5120 * 5120 + 5120 * (5120 + 1024 + 1024) + 3 * 5120 * 17408
 LAYER_NORMS = 2 * 5120 + 2 * 128
 EMBEDDING = 151936 * 5120
+QWEN3_14B = HfModelConfig.from_folder(MODELS / "qwen3-14b")
 
 
 def job(layout: Layout, **changes) -> Job:
-    base = Job(
-        hf=HfModelConfig.from_folder(MODELS / "qwen3-14b"),
-        layout=layout,
-        parameters="bf16",
-        fp8_recipe="",
-        fp8_params=False,
-        fp8_bf16_layers=0,
-        micro_batch_tokens=40960,
-        logprob_chunk_tokens=2048,
-        bucket_mb=256,
-        has_reference=False,
-        is_local=False,
-    )
-    return replace(base, **changes)
+    return bf16_job(**{"hf": QWEN3_14B, "layout": layout, **changes})
 
 
 TP4 = Layout(tensor=4, pipeline=1, context=2, data=8, sequence=True, recompute="selective")
@@ -124,7 +113,7 @@ def test_activations_of_a_stage():
     layer = norms + attention + 3 * 17408
     backward = (3 * 17408 / 2 + 2 * 5120 / 2 + 2 * 5120) * 2
     for stage, in_flight in enumerate((4, 3, 2, 1)):
-        kept = in_flight * (10 * per_layer + per_layer)
+        kept = in_flight * 10 * per_layer
         expected = 40960 * (kept + layer - per_layer + backward)
         assert stage_activation_bytes(job(PP4), stage, 20) == pytest.approx(expected, abs=1)
 

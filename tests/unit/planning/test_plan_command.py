@@ -15,7 +15,7 @@ import pytest
 from megatron_matpo.__main__ import main
 
 ROOT = Path(__file__).parents[3]
-RECIPE = str(ROOT / "recipes" / "plan_qwen3_14b.yaml")
+RECIPE = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-a800.yaml")
 
 
 @pytest.fixture(autouse=True)

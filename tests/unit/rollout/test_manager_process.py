@@ -83,7 +83,7 @@ def _write_run(config: Config, engine_port: int) -> tuple[Path, Plan]:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
     place = EnginePlace(0, 0, "127.0.0.1", engine_port, 0, ())
-    plan = Plan(1, "127.0.0.1", 0, (1,), "127.0.0.1", unused_port(), 0, (place,))
+    plan = Plan(("127.0.0.1",), 0, (1,), unused_port(), 0, (place,))
     (run_dir / "config.yaml").write_text(dump_config(config))
     (run_dir / "plan.json").write_text(plan.to_json())
     return run_dir, plan

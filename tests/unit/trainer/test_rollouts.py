@@ -4,12 +4,15 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError, DeadlineError, RolloutError
+from megatron_matpo.obs.stop_request import is_stop_requested, request_stop
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts
+from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.wire import encode, recording_path
 from tests.helpers.episodes import make_batch
 
@@ -55,12 +58,13 @@ def server():
         server.shutdown()
 
 
-def rollouts(server, step_timeout_s=20.0, start_timeout_s=1.0):
+def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, start_timeout_s=1.0):
     return ManagerRollouts(
         RolloutConfig(step_timeout_s=step_timeout_s),
         f"http://127.0.0.1:{server.server_port}",
         "secret-token",
         lambda data: data,
+        run_dir,
         is_first_rank=True,
         start_timeout_s=start_timeout_s,
     )
@@ -102,8 +106,22 @@ def test_a_manager_that_never_gets_ready(server):
 
 def test_replay_reads_recordings_and_names_what_is_missing(tmp_path):
     recording_path(tmp_path, 7).write_bytes(encode(BATCH))
-    source = ReplayRollouts(str(tmp_path))
+    source = ReplayRollouts(str(tmp_path), lambda: is_stop_requested(tmp_path))
     source.connect()
     assert source.collect(7, 99) == BATCH
     with pytest.raises(DataError, match=r"rollout\.replay=.*step_000008\.rollout"):
         source.collect(8, 99)
+    request_stop(tmp_path, "a test")
+    with pytest.raises(StopRequested):
+        source.collect(7, 99)
+
+
+def test_a_request_to_stop_ends_the_wait_for_a_batch(server, tmp_path):
+    source = rollouts(server, tmp_path)
+    threading.Timer(0.3, request_stop, (tmp_path, "a test")).start()
+    with pytest.raises(StopRequested):
+        source.collect(3, 0)  # FakeManager answers step 3 after 3 s
+    assert len(server.requests) == 1
+    with pytest.raises(StopRequested):
+        source.collect(1, 0)
+    assert len(server.requests) == 1, "nothing more is asked for"

@@ -1,0 +1,57 @@
+"""What Slurm and the run's folder say of a run's job, for `matpo status`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from megatron_matpo.launch.slurm_task import BAD_NODES, FOLDER
+
+_JOB_FILE = "job.json"
+_DEADLINE_S = 5.0
+
+
+def slurm_lines(run_dir: Path) -> list[str]:
+    """State, nodes and attempts of the run's last Slurm job; empty if it had none."""
+    try:
+        job: dict[str, Any] = json.loads((run_dir / FOLDER / _JOB_FILE).read_text())
+        number, nodes = str(job["job_id"]), str(job["nodes"])
+        attempt, allowed = int(job["attempt"]), int(job["max_restarts"]) + 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    lines = [
+        f"  slurm job {number}: {_ask_slurm(number) or f'ended (last on {nodes})'}",
+        f"  attempt {attempt} of {allowed} without a newer checkpoint; "
+        f"log {run_dir}/logs/slurm-{number}.log",
+    ]
+    bad = sorted({*_lines(run_dir / FOLDER / BAD_NODES)})
+    if bad:
+        lines.append(f"  left out after a failed preflight: {', '.join(bad)}")
+    return lines
+
+
+def _ask_slurm(number: str) -> str:
+    """As `RUNNING on n[1-2]`; empty for a job that Slurm no longer has."""
+    if shutil.which("squeue") is None:
+        return "state unknown (no squeue here)"
+    command = ["squeue", "--noheader", "--jobs", number, "--format", "%T|%N|%r"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False
+        )
+    except (OSError, subprocess.SubprocessError):
+        return f"state unknown (squeue did not answer within {_DEADLINE_S:g} s)"
+    if done.returncode != 0 or not done.stdout.strip():
+        return ""
+    state, nodes, reason = done.stdout.splitlines()[0].strip().split("|", 2)
+    return f"{state} on {nodes}" if nodes else f"{state} ({reason})"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []

@@ -1,0 +1,69 @@
+"""What signals mean to a supervised run.
+
+| signal                                   | the run                         | exit code |
+|------------------------------------------|---------------------------------|-----------|
+| SIGUSR1; SIGTERM with `run.save_on_stop` | saves a checkpoint and ends     | 75        |
+| SIGTERM, SIGHUP                          | stops                           | 143       |
+| SIGINT (Ctrl-C)                          | stops                           | 130       |
+
+A run that has nothing to save (an evaluation) stops at once with 75.
+While it saves, a further SIGUSR1 is nothing new; any other signal stops it at once. Whatever was
+saved before, the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOPPED_EARLY = 75
+"""Exit code: ended early on request; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class StopSignals:
+    """Collects the signals of one process."""
+
+    def __init__(self, *, save_on_stop: bool) -> None:
+        """`install` makes it listen."""
+        self._saving = {signal.SIGUSR1, signal.SIGTERM} if save_on_stop else {signal.SIGUSR1}
+        self._seen: list[int] = []
+
+    def install(self) -> None:
+        """Handle and unblock all of `SIGNALS` (main thread)."""
+        for number in SIGNALS:
+            # Under nohup SIGHUP is ignored, and stays so.
+            if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:
+                signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+    @property
+    def first_name(self) -> str:
+        """Name of the first signal, for people."""
+        return "Ctrl-C" if self._seen[0] == signal.SIGINT else signal.Signals(self._seen[0]).name
+
+    @property
+    def wants_save(self) -> bool:
+        """Save, then end."""
+        return bool(self._seen) and self._seen[0] in self._saving
+
+    @property
+    def wants_stop(self) -> bool:
+        """End now: a signal that does not ask for a save, or a second, different request."""
+        return any(
+            number not in self._saving or (place > 0 and number != signal.SIGUSR1)
+            for place, number in enumerate(self._seen)
+        )
+
+    @property
+    def in_a_hurry(self) -> bool:
+        """More than one signal that stops: do not wait for anybody."""
+        return sum(number != signal.SIGUSR1 for number in self._seen) > 1
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that was stopped, not saved."""
+        return 130 if self._seen[0] == signal.SIGINT else 143
+
+    def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
+        self._seen.append(signal_number)

@@ -1,0 +1,1 @@
+"""`matpo simulate`: a discrete-event model of a training step. Pure Python; docs/simulate.md."""

@@ -92,6 +92,8 @@ def test_a_recipe_is_for_whichever_command_takes_it(tmp_path):
     (check,) = (check for check in CHECKS if check.name == "recipe")
     (line,) = check.run(read_site(Request(QUICKSTART)))
     assert line.seen == f"{QUICKSTART} is in order for matpo train"
+    (line,) = check.run(replace(read_site(Request(QUICKSTART)), num_nodes=2))
+    assert line.seen == "cluster.num_nodes=1: the doctor was started on 2 nodes"
     demos = tmp_path / "demos.jsonl"
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     demos.write_text(json.dumps({"messages": messages}) + "\n")

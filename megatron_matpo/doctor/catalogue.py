@@ -102,9 +102,9 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "net.interface",
-        "NCCL_SOCKET_IFNAME fits an interface with an address; warn: several nodes, and nothing "
-        "says which network is theirs",
-        "`export NCCL_SOCKET_IFNAME=IFACE`",
+        "`cluster.interface` (or NCCL_SOCKET_IFNAME) has an address; warn: several nodes, and "
+        "nothing says which network is theirs",
+        "`cluster.interface=IFACE`",
         check_interface,
     ),
     Check(
@@ -185,7 +185,7 @@ NODE_CHECKS: tuple[tuple[str, str, str], ...] = (
         "nodes.meeting",
         "every node of the allocation sees the file that node 0 writes into `run.dir`, and can "
         "connect to it; fail: names those that did not come in `doctor.nodes_timeout_s`",
-        "one shared `run.dir`; `export NCCL_SOCKET_IFNAME=IFACE`; `--exclude` the node",
+        "one shared `run.dir`; `cluster.interface=IFACE`; `--exclude` the node",
     ),
     (
         "nodes.clock",

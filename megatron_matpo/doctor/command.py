@@ -14,7 +14,7 @@ from megatron_matpo.doctor.catalogue import CHECKS
 from megatron_matpo.doctor.lines import Check, Line, Mode, Site
 from megatron_matpo.doctor.nodes import Clock, check_alone, exit_code, follow, label_of, lead
 from megatron_matpo.doctor.services import secrets
-from megatron_matpo.doctor.text import as_json, as_text, redact
+from megatron_matpo.doctor.text import as_json, as_text, without_secrets
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.nodes import this_node
 
@@ -43,12 +43,14 @@ def doctor(request: Request, clock: Clock = time.time) -> int:
     site = replace(read_site(request), num_nodes=node.count)
 
     def own_checks() -> list[Line]:
-        return [replace(line, node=label_of(node)) for line in run_checks(site, CHECKS)]
+        lines = without_secrets(run_checks(site, CHECKS), secrets(site.config))
+        return [replace(line, node=label_of(node)) for line in lines]
 
     def show(lines: list[Line]) -> None:
         is_brief = site.mode == "preflight"
+        lines = without_secrets(lines, secrets(site.config))
         text = as_json(lines) if request.is_json else as_text(lines, is_brief=is_brief)
-        print(redact(text, secrets(site.config)), end="", flush=True)
+        print(text, end="", flush=True)
 
     if node.count == 1 or site.mode == "build":
         lines = own_checks()

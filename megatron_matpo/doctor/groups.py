@@ -94,7 +94,9 @@ def run_ranks(
     module = "megatron_matpo.doctor.collectives"
     env = {"OMP_NUM_THREADS": "1"}
     interface = next((key for key, value in addresses().items() if value == own_address), "")
-    if interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+    if named := site.config.cluster.interface:  # as `launch.roles` has it
+        env |= {"NCCL_SOCKET_IFNAME": named, "GLOO_SOCKET_IFNAME": named}
+    elif interface and "GLOO_SOCKET_IFNAME" not in os.environ:
         env["GLOO_SOCKET_IFNAME"] = interface
 
     def run(setting: dict[str, Any]) -> Answer:

@@ -28,8 +28,9 @@ def addresses() -> dict[str, str]:
 
 
 def named_interface(config: Config) -> str:
-    """What the recipe or NCCL_SOCKET_IFNAME names; empty if neither does."""
-    return os.environ.get(_NCCL_VARIABLE, "")
+    """What the recipe, else NCCL_SOCKET_IFNAME names, in NCCL's grammar; empty if neither does."""
+    interface = config.cluster.interface
+    return f"={interface}" if interface else os.environ.get(_NCCL_VARIABLE, "")
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
@@ -64,12 +65,14 @@ def check_interface(site: Site) -> list[Line]:
     if pattern:
         taken = matching(pattern, list(found))
         if not taken:
-            seen = f"{_NCCL_VARIABLE}={pattern} fits no interface with an address: {listing}"
-            return [Line(name, "fail", seen, f"name one of them, or unset {_NCCL_VARIABLE}")]
+            interface = site.config.cluster.interface
+            setting = "cluster.interface" if interface else _NCCL_VARIABLE
+            seen = f"{setting}={interface or pattern} fits no interface with an address: {listing}"
+            return [Line(name, "fail", seen, f"name one of them: {setting}=IFACE")]
         return [Line(name, "pass", ", ".join(f"{key} {found[key]}" for key in taken))]
     if site.num_nodes == 1:
         return [Line(name, "pass", "none is named, and one node needs none")]
-    fix = f"name the nodes' own network: export {_NCCL_VARIABLE}=IFACE"
+    fix = "name the nodes' own network: cluster.interface=IFACE"
     try:
         resolved = socket.gethostbyname(socket.gethostname())
     except OSError:

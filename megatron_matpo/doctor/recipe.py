@@ -14,12 +14,18 @@ def check_recipe(site: Site) -> list[Line]:
     if not site.recipe:
         seen = "none is named: what one would need is not looked at"
         return [Line("recipe", "pass", seen)]
+    wanted, started = site.config.cluster.num_nodes, site.num_nodes
+    apart: list[str] = []
+    if 1 < started != wanted:
+        apart = [f"cluster.num_nodes={wanted}: the doctor was started on {started} nodes"]
     found: dict[Command, list[str]] = {}
     for command in _COMMANDS:
-        problems = [*site.problems, *collect_violations(site.config, command=command)]
+        problems = [*site.problems, *apart, *collect_violations(site.config, command=command)]
         problems += machine_violations(site.config, command)
         if not problems:
-            return [Line("recipe", "pass", f"{site.recipe} is in order for matpo {command}")]
+            alone = f" (on {wanted} nodes; this is one)" if started < wanted else ""
+            seen = f"{site.recipe} is in order for matpo {command}{alone}"
+            return [Line("recipe", "pass", seen)]
         found[command] = list(dict.fromkeys(problems))
     # The one that it comes nearest to, of those whose data it names.
     config = site.config

@@ -19,6 +19,14 @@ def redact(text: str, secrets: Sequence[str]) -> str:
     return text
 
 
+def without_secrets(lines: Sequence[Line], secrets: Sequence[str]) -> list[Line]:
+    """Before they are sent or written: an encoding could hide a value from `redact`."""
+    return [
+        replace(line, seen=redact(line.seen, secrets), fix=redact(line.fix, secrets))
+        for line in lines
+    ]
+
+
 def as_json(lines: Sequence[Line]) -> str:
     """A list of objects: name, status, seen, fix, node."""
     return json.dumps([asdict(line) for line in lines], indent=2) + "\n"

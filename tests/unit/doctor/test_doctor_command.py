@@ -26,7 +26,7 @@ from tests.helpers.doctor_site import site_of
 
 ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
-KEY = "sk-planted-9876543210"
+KEY = 'sk-planted-"98765\\43210'  # JSON writes it in another way
 
 
 def matpo(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -48,7 +48,7 @@ def test_a_failure_is_exit_code_1_and_json_has_it_without_the_keys(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     code = "import os, sys; sys.exit('who is ' + os.environ['SERPER_API_KEY'])"
     servers = {"s": {"command": "python", "args": ["-c", code], "env_from": ["SERPER_API_KEY"]}}
-    settings = {"base_url": f"http://127.0.0.1:9/{KEY}", "deadline_s": 100}
+    settings = {"base_url": "http://127.0.0.1:9", "deadline_s": 100}
     judge = {"grader": "judge", "judge": settings}
     content = {"base": QUICKSTART, "tools": {"servers": servers}, "reward": judge}
     recipe.write_text(json.dumps(content))
@@ -65,7 +65,8 @@ def test_a_failure_is_exit_code_1_and_json_has_it_without_the_keys(tmp_path):
     text = matpo(*arguments, **keys)
     assert text.returncode == 1
     assert "doctor: " in text.stdout and "2 FAILED" in text.stdout
-    assert KEY not in done.stdout + done.stderr + text.stdout + text.stderr
+    said = done.stdout + done.stderr + text.stdout + text.stderr
+    assert KEY not in said and json.dumps(KEY)[1:-1] not in said and "98765" not in said
 
 
 def test_what_cannot_be_read_at_all_is_exit_code_2(tmp_path):
@@ -91,6 +92,8 @@ def test_a_recipe_is_for_whichever_command_takes_it(tmp_path):
     (check,) = (check for check in CHECKS if check.name == "recipe")
     (line,) = check.run(read_site(Request(QUICKSTART)))
     assert line.seen == f"{QUICKSTART} is in order for matpo train"
+    (line,) = check.run(replace(read_site(Request(QUICKSTART)), num_nodes=2))
+    assert line.seen == "cluster.num_nodes=1: the doctor was started on 2 nodes"
     demos = tmp_path / "demos.jsonl"
     messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
     demos.write_text(json.dumps({"messages": messages}) + "\n")

@@ -6,6 +6,7 @@ import resource
 
 import pytest
 
+from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.doctor import network
 from megatron_matpo.doctor.network import (
     check_infiniband,
@@ -44,6 +45,15 @@ def test_the_named_interface_has_an_address_or_is_a_failure(tmp_path, monkeypatc
     line = only(check_interface(site_of(tmp_path, num_nodes=2)))
     assert line.status == "fail"
     assert "lo 127.0.0.1" in line.seen
+
+
+def test_the_recipes_interface_goes_before_the_variable(tmp_path, monkeypatch):
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "nosuch")
+    site = site_of(tmp_path, num_nodes=2, cluster=ClusterConfig(interface="lo"))
+    assert only(check_interface(site)).seen == "lo 127.0.0.1"
+    site = site_of(tmp_path, num_nodes=2, cluster=ClusterConfig(interface="l"))
+    line = only(check_interface(site))
+    assert (line.status, line.seen.partition(" ")[0]) == ("fail", "cluster.interface=l")
 
 
 def test_several_nodes_with_several_networks_need_a_name(tmp_path, monkeypatch):

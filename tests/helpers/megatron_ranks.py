@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
 from safetensors.torch import load_file
 
 from megatron_matpo.config import Config
@@ -45,6 +47,19 @@ def layout(info: RankInfo, config: Config) -> Iterator[ParallelState]:
         yield state
     finally:
         destroy_parallel()
+        _forget_probabilities()
+
+
+def _forget_probabilities() -> None:
+    """Let models with experts be freed, and with them the process groups that they hold.
+
+    Their dispatchers keep the last probabilities, whose history leads to the router's weight, and
+    by its hook to the model: a cycle through the autograd graph, which Python's collector cannot
+    see. A run has one model until its end.
+    """
+    for item in gc.get_objects():
+        if isinstance(item, MoETokenDispatcher):
+            vars(item).pop("probs", None)
 
 
 def make_actor(config: Config, state: ParallelState) -> MegatronActor:

@@ -279,14 +279,18 @@ def _check_variables(cluster: ClusterFile) -> list[str]:
 
 def _check_places(cluster: ClusterFile) -> list[str]:
     problems: list[str] = []
-    if cluster.ssh.host:
+    ssh = cluster.ssh.host
+    if ssh:
         if cluster.kind != "slurm":
-            problems.append(f"ssh.host={cluster.ssh.host}: only with kind=slurm")
+            problems.append(f"ssh.host={ssh}: only with kind=slurm")
         for path, value in (("ssh.user", cluster.ssh.user), ("ssh.job_dir", cluster.ssh.job_dir)):
             if not value:
                 problems.append(f"{path}=: needed with ssh.host")
         if not cluster.container.image and not cluster.bare.repository:
             problems.append("bare.repository=: needed with ssh.host (or container.image)")
+    if cluster.secret_env and not cluster.secret_file and (ssh or cluster.kind == "docker"):
+        where = "ssh.host" if ssh else "kind=docker"
+        problems.append(f"secret_file=: needed with secret_env and {where}")
     for path, value in (
         ("bare.repository", cluster.bare.repository),
         ("ssh.job_dir", cluster.ssh.job_dir),

@@ -124,7 +124,11 @@ def test_places_that_need_each_other(tmp_path):
     assert problems(tmp_path, ssh) == [
         "bare.repository=: needed with ssh.host (or container.image)"
     ]
-    assert load(tmp_path, f"{ssh}\nbare: {{repository: /r}}").ssh.host == "h"
+    bare = f"{ssh}\nbare: {{repository: /r}}"
+    assert load(tmp_path, bare).ssh.host == "h"
+    assert problems(tmp_path, f"{bare}\nsecret_env: [A]") == [
+        "secret_file=: needed with secret_env and ssh.host"
+    ]
 
 
 def test_no_file():

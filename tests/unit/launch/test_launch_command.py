@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import yaml
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch import launch as module
 from megatron_matpo.launch.executors import Submission
+from megatron_matpo.launch.inspect import status_text
 from megatron_matpo.launch.launch import LaunchRequest, launch, prepare
+from megatron_matpo.launch.logs import LogsRequest, show_logs
 from tests.helpers.matpo import QUICKSTART, ROOT
 
 EXAMPLE = str(ROOT / "slurm" / "cluster.example.yaml")
@@ -129,9 +132,10 @@ def test_an_environment_that_is_not_there(tmp_path):
         launch(LaunchRequest(QUICKSTART, file))
 
 
-def test_what_to_do_after_submitting(monkeypatch, capsys):
+def test_what_to_do_after_submitting(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "submit", lambda job, cluster: Submission("12", "/nemo/e"))
-    assert launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["run.name=x"])) == 0
+    file = cluster(tmp_path, bare={"repository": str(tmp_path), "python": sys.executable})
+    assert launch(LaunchRequest(QUICKSTART, file, overrides=["run.name=x"])) == 0
     assert capsys.readouterr().out.splitlines() == [
         "submitted job 12: matpo-x, 1 node(s)",
         "  log      runs/x/logs/slurm-12.log",
@@ -140,6 +144,11 @@ def test_what_to_do_after_submitting(monkeypatch, capsys):
         "  cancel   scancel 12",
         "  files    /nemo/e",
     ]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert status_text(str(tmp_path / "runs" / "x")).splitlines()[1:] == [
+        "  slurm job 12: state unknown (no squeue here)"
+    ]
+    assert show_logs(LogsRequest(str(tmp_path / "runs" / "x"), lines=0, role="")) == 0
 
 
 def test_a_job_that_failed_here_fails_the_command(tmp_path, monkeypatch):

@@ -87,6 +87,10 @@ def test_both_scripts_ask_for_the_same_and_behave_alike(name, home):
     assert flags(theirs) == flags(ours)
     assert preamble(job) in ours
     assert preamble(job) in theirs
+    # NeMo-Run's --wait=60 would end the first node while it still writes; the last one counts.
+    (srun,) = [line for line in theirs.splitlines() if line.startswith("srun --output")]
+    assert [word for word in srun.split() if word.startswith("--wait")][-1] == "--wait=0"
+    assert "--kill-on-bad-exit=1 --wait=0" in ours
     assert "TORCHX_MAX_RETRIES=0\n" in theirs, "NeMo-Run requeues nothing by itself"
     assert not [path for path in home.rglob("*") if path.is_file()], "a look leaves nothing"
 

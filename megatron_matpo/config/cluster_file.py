@@ -248,6 +248,11 @@ def _check_slurm(slurm: SlurmSection) -> list[str]:
             f'slurm.time_limit={slurm.time_limit}: expected sbatch\'s form, as "24:00:00" or '
             '"2-00:00:00"'
         )
+    elif slurm.time_limit and _seconds(slurm.time_limit) <= slurm.stop_lead_s:
+        problems.append(
+            f"slurm.stop_lead_s={slurm.stop_lead_s}: must be less than slurm.time_limit="
+            f"{slurm.time_limit}, or the run is stopped at its start"
+        )
     for path, value, least in (
         ("slurm.max_restarts", slurm.max_restarts, 0),
         ("slurm.stop_lead_s", slurm.stop_lead_s, 1),
@@ -262,6 +267,17 @@ def _check_slurm(slurm: SlurmSection) -> list[str]:
         elif name in _OWN_OPTIONS:
             problems.append(f"slurm.options[{index}]={option}: is set by {_OWN_OPTIONS[name]}")
     return problems
+
+
+def _seconds(time_limit: str) -> int:
+    """Sbatch's minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_variables(cluster: ClusterFile) -> list[str]:

@@ -20,7 +20,7 @@ from megatron_matpo.launch.job import Job, Request, cluster_overrides, describe_
 from megatron_matpo.launch.node_plan import node_plan_text
 from megatron_matpo.launch.preflight import check_recipe
 from megatron_matpo.launch.sbatch import sbatch_text
-from megatron_matpo.launch.slurm_state import note_submission
+from megatron_matpo.launch.slurm_state import note_submission, queued_job
 
 # A shorter value is no secret, and would be found everywhere.
 _MIN_SECRET_CHARS = 6
@@ -126,6 +126,11 @@ def _check_submission(
         problems.append(
             f"bare.python={job.python}: no such file in {job.folder or Path.cwd()}; `make setup` "
             "makes it there"
+        )
+    if not cluster.ssh.host and (other := queued_job(Path(job.folder or ".") / job.run_dir)):
+        problems.append(
+            f"run.name={config.run.name}: {other}, is a job of this run; cancel it, or choose "
+            "another name"
         )
     if problems:
         raise ConfigError(format_problems(problems))

@@ -99,7 +99,7 @@ def container_variables(job: Job) -> list[str]:
 
 
 def _srun_options(job: Job) -> list[str]:
-    found = list(STEP_OPTIONS)
+    found: list[str] = [*STEP_OPTIONS]
     container = job.container
     if container is not None:
         found += [f"--container-image={container.image}", f"--container-workdir={job.workdir}"]

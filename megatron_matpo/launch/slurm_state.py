@@ -13,6 +13,7 @@ from megatron_matpo.obs.files import write_atomic
 
 _JOB_FILE = "job.json"
 _DEADLINE_S = 5.0
+_UNKNOWN = "state unknown"
 
 
 def note_submission(run_dir: Path, job_id: str, max_restarts: int) -> None:
@@ -28,6 +29,16 @@ def note_submission(run_dir: Path, job_id: str, max_restarts: int) -> None:
 def has_job(run_dir: Path) -> bool:
     """Whether a job of this run was submitted or has started."""
     return (run_dir / FOLDER / _JOB_FILE).is_file()
+
+
+def queued_job(run_dir: Path) -> str:
+    """As `job 12, RUNNING on n1`, if a job of this run waits or runs; else empty."""
+    try:
+        number = str(json.loads((run_dir / FOLDER / _JOB_FILE).read_text())["job_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    state = _ask_slurm(number)
+    return f"job {number}, {state}" if state and not state.startswith(_UNKNOWN) else ""
 
 
 def slurm_lines(run_dir: Path) -> list[str]:
@@ -57,14 +68,14 @@ def _ended(nodes: str) -> str:
 def _ask_slurm(number: str) -> str:
     """As `RUNNING on n[1-2]`; empty for a job that Slurm no longer has."""
     if shutil.which("squeue") is None:
-        return "state unknown (no squeue here)"
+        return f"{_UNKNOWN} (no squeue here)"
     command = ["squeue", "--noheader", "--jobs", number, "--format", "%T|%N|%r"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False
         )
     except (OSError, subprocess.SubprocessError):
-        return f"state unknown (squeue did not answer within {_DEADLINE_S:g} s)"
+        return f"{_UNKNOWN} (squeue did not answer within {_DEADLINE_S:g} s)"
     if done.returncode != 0 or not done.stdout.strip():
         return ""
     state, nodes, reason = done.stdout.splitlines()[0].strip().split("|", 2)

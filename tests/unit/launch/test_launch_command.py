@@ -126,6 +126,14 @@ def test_an_evaluation_has_its_model(capsys):
         prepare(LaunchRequest(QUICKSTART, EXAMPLE, "eval"))
 
 
+def test_a_run_that_has_a_job_already(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "queued_job", lambda run_dir: f"job 7, RUNNING on {run_dir.name}")
+    with pytest.raises(
+        ConfigError, match=r"run\.name=x: job 7, RUNNING on x, is a job of this run"
+    ):
+        launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["run.name=x"]))
+
+
 def test_an_environment_that_is_not_there(tmp_path):
     file = cluster(tmp_path, bare={"repository": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"bare\.python=\.venv/bin/python: no such file in "):

@@ -23,7 +23,7 @@ from megatron_matpo.config.schema import check_mapping
 from megatron_matpo.errors import ConfigError
 
 KINDS = ("slurm", "local", "docker")
-SIGNALS = ("TERM", "USR1")
+SIGNALS = ("USR1", "TERM")
 GPU_REQUESTS = ("gres", "gpus-per-node", "none")
 
 
@@ -55,8 +55,9 @@ class SlurmSection:
     max_restarts: int = 5
     """Restarts in a row without a newer checkpoint before the job gives up; stops that saved do not
     count."""
-    signal: str = "TERM"
-    """`TERM | USR1`: what the run gets before the time limit."""
+    signal: str = "USR1"
+    """`USR1 | TERM`: what the run gets before the time limit. USR1 always saves, TERM with
+    `run.save_on_stop`."""
     stop_lead_s: int = 300
     """How long before the time limit: enough for the current step and a checkpoint."""
     options: list[str] = field(default_factory=list[str])

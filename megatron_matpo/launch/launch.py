@@ -49,7 +49,7 @@ def launch(request: LaunchRequest) -> int:
         MatpoError: the job could not be submitted.
     """
     config, cluster, job = prepare(request)
-    for warning in collect_warnings(config, command=request.command):
+    for warning in [*collect_warnings(config, command=request.command), *_warnings(job)]:
         print(f"warning: {warning}", file=sys.stderr)
     if request.write:
         return _write(request, cluster, job)
@@ -108,6 +108,16 @@ def _misfits(config: Config, cluster: ClusterFile, request: LaunchRequest) -> li
             "the job reads it where it runs"
         )
     return found
+
+
+def _warnings(job: Job) -> list[str]:
+    """What is missing unless the recipe itself has it."""
+    if job.nodes == 1 or any(word.startswith("cluster.interface=") for word in job.words):
+        return []
+    return [
+        f"interface is not set in the cluster file: {job.nodes} nodes need the network "
+        "interface they reach each other through (`ip -brief address` on a node lists them)"
+    ]
 
 
 def _check_submission(

@@ -78,7 +78,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "slurm.acount=a: no such key; did you mean slurm.account?",
         "slurm.exclude=node1: expected a list of str, as in [a, b]",
         "kind=slrum: expected one of slurm, local, docker",
-        "slurm.signal=KILL: expected one of TERM, USR1",
+        "slurm.signal=KILL: expected one of USR1, TERM",
         "slurm.max_restarts=-1: expected at least 0",
         "slurm.options[0]=--output=x: is set by the run's folder",
         "slurm.options[1]=comment: expected --name or --name=value",

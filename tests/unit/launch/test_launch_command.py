@@ -57,7 +57,8 @@ def test_a_dry_run_shows_everything_and_starts_nothing(capsys, home):
 def test_sixteen_nodes(capsys):
     recipe = str(ROOT / "recipes" / "plan_qwen3_14b.yaml")
     assert launch(LaunchRequest(recipe, EXAMPLE, dry_run=True)) == 0
-    text = capsys.readouterr().out
+    text, warned = capsys.readouterr()
+    assert "interface is not set in the cluster file: 16 nodes need" in warned
     assert "#SBATCH --nodes=16" in text
     assert "#SBATCH --gres=gpu:8" in text
     assert "64 ranks: TP 4" in text

@@ -23,7 +23,7 @@ from megatron_matpo.config.schema import check_mapping
 from megatron_matpo.errors import ConfigError
 
 KINDS = ("slurm", "local", "docker")
-SIGNALS = ("TERM", "USR1")
+SIGNALS = ("USR1", "TERM")
 GPU_REQUESTS = ("gres", "gpus-per-node", "none")
 
 
@@ -55,8 +55,9 @@ class SlurmSection:
     max_restarts: int = 5
     """Restarts in a row without a newer checkpoint before the job gives up; stops that saved do not
     count."""
-    signal: str = "TERM"
-    """`TERM | USR1`: what the run gets before the time limit."""
+    signal: str = "USR1"
+    """`USR1 | TERM`: what the run gets before the time limit. USR1 always saves, TERM with
+    `run.save_on_stop`."""
     stop_lead_s: int = 300
     """How long before the time limit: enough for the current step and a checkpoint."""
     options: list[str] = field(default_factory=list[str])
@@ -248,6 +249,11 @@ def _check_slurm(slurm: SlurmSection) -> list[str]:
             f'slurm.time_limit={slurm.time_limit}: expected sbatch\'s form, as "24:00:00" or '
             '"2-00:00:00"'
         )
+    elif slurm.time_limit and _seconds(slurm.time_limit) <= slurm.stop_lead_s:
+        problems.append(
+            f"slurm.stop_lead_s={slurm.stop_lead_s}: must be less than slurm.time_limit="
+            f"{slurm.time_limit}, or the run is stopped at its start"
+        )
     for path, value, least in (
         ("slurm.max_restarts", slurm.max_restarts, 0),
         ("slurm.stop_lead_s", slurm.stop_lead_s, 1),
@@ -262,6 +268,17 @@ def _check_slurm(slurm: SlurmSection) -> list[str]:
         elif name in _OWN_OPTIONS:
             problems.append(f"slurm.options[{index}]={option}: is set by {_OWN_OPTIONS[name]}")
     return problems
+
+
+def _seconds(time_limit: str) -> int:
+    """Sbatch's minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time_limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    if dash or len(parts) == 3:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+    else:
+        hours, (minutes, seconds) = 0, [*parts, 0][:2]
+    return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _check_variables(cluster: ClusterFile) -> list[str]:
@@ -279,14 +296,18 @@ def _check_variables(cluster: ClusterFile) -> list[str]:
 
 def _check_places(cluster: ClusterFile) -> list[str]:
     problems: list[str] = []
-    if cluster.ssh.host:
+    ssh = cluster.ssh.host
+    if ssh:
         if cluster.kind != "slurm":
-            problems.append(f"ssh.host={cluster.ssh.host}: only with kind=slurm")
+            problems.append(f"ssh.host={ssh}: only with kind=slurm")
         for path, value in (("ssh.user", cluster.ssh.user), ("ssh.job_dir", cluster.ssh.job_dir)):
             if not value:
                 problems.append(f"{path}=: needed with ssh.host")
         if not cluster.container.image and not cluster.bare.repository:
             problems.append("bare.repository=: needed with ssh.host (or container.image)")
+    if cluster.secret_env and not cluster.secret_file and (ssh or cluster.kind == "docker"):
+        where = "ssh.host" if ssh else "kind=docker"
+        problems.append(f"secret_file=: needed with secret_env and {where}")
     for path, value in (
         ("bare.repository", cluster.bare.repository),
         ("ssh.job_dir", cluster.ssh.job_dir),

@@ -24,6 +24,7 @@ from megatron_matpo.config.cluster_file import ClusterFile
 from megatron_matpo.errors import ConfigError, MatpoError
 from megatron_matpo.launch.job import Job
 from megatron_matpo.launch.sbatch import (
+    STEP_OPTIONS,
     container_variables,
     environment_lines,
     preamble,
@@ -115,7 +116,7 @@ def slurm_executor(job: Job, cluster: ClusterFile) -> Any:
         setup_lines="\n".join(
             [_QUIET, _NO_TERMINAL, f"matpo_run={shlex.quote(job.run_dir)}", preamble(job).rstrip()]
         ),
-        srun_args=[f"--output={log}", "--open-mode=append"],
+        srun_args=[*STEP_OPTIONS, f"--output={log}", "--open-mode=append"],
         container_image=job.container.image if job.container else None,
         container_mounts=list(job.container.mounts) if job.container else [],
         container_env=container_variables(job),

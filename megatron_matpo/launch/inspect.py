@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use, previous_command
-from megatron_matpo.launch.slurm_state import slurm_lines
+from megatron_matpo.launch.slurm_state import has_job, slurm_lines
 from megatron_matpo.obs.failure import first_failure
 from megatron_matpo.obs.metrics_log import read_metrics
 from megatron_matpo.obs.progress import format_duration, format_progress
@@ -32,7 +32,9 @@ def status_text(run_dir: str) -> str:
     Raises:
         ConfigError: `run_dir` is not a run folder.
     """
-    folder = _run_folder(run_dir)
+    folder = Path(run_dir)
+    if not has_job(folder):  # one that waits has not opened its folder yet
+        folder = _run_folder(run_dir)
     now = time.time()
     lines = [f"{run_dir}: {'running' if is_in_use(folder) else 'not running'}"]
     lines += slurm_lines(folder)

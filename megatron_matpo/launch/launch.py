@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from megatron_matpo.launch.job import Job, Request, cluster_overrides, describe_
 from megatron_matpo.launch.node_plan import node_plan_text
 from megatron_matpo.launch.preflight import check_recipe
 from megatron_matpo.launch.sbatch import sbatch_text
+from megatron_matpo.launch.slurm_state import note_submission, queued_job
 
 # A shorter value is no secret, and would be found everywhere.
 _MIN_SECRET_CHARS = 6
@@ -58,6 +60,11 @@ def launch(request: LaunchRequest) -> int:
     _check_submission(request, config, cluster, job)
     _without_secrets(sbatch_text(job, "", "") + task_script(job, cluster), job)
     submission = submit(job, cluster)
+    if submission.job_id and not cluster.ssh.host:
+        # What cannot be written here is the cluster's own, and is there when the job starts.
+        with contextlib.suppress(OSError):
+            run_dir = Path(job.folder or ".") / job.run_dir
+            note_submission(run_dir, submission.job_id, job.max_restarts)
     print(_next_steps(config, cluster, job, submission))
     return 0 if submission.succeeded else 1
 
@@ -122,6 +129,11 @@ def _check_submission(
         problems.append(
             f"bare.python={job.python}: no such file in {job.folder or Path.cwd()}; `make setup` "
             "makes it there"
+        )
+    if not cluster.ssh.host and (other := queued_job(Path(job.folder or ".") / job.run_dir)):
+        problems.append(
+            f"run.name={config.run.name}: {other}, is a job of this run; cancel it, or choose "
+            "another name"
         )
     if problems:
         raise ConfigError(format_problems(problems))

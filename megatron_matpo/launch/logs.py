@@ -78,9 +78,9 @@ def show_logs(request: LogsRequest) -> int:
         lines = deque(lines, maxlen=last)
     for line in lines:
         _print(line)
-    if not logs.names and not request.follow:
-        known = ", ".join(path.stem for path in sorted((run_dir / FOLDER).glob("*.log")))
-        raise ConfigError(f"{request.run_dir}: no such log; there are {known or 'none'}")
+    known = ", ".join(path.stem for path in sorted((run_dir / FOLDER).glob("*.log")))
+    if known and not logs.names and not request.follow:
+        raise ConfigError(f"{request.run_dir}: no such log; there are {known}")
     with contextlib.suppress(KeyboardInterrupt):
         while request.follow:
             for line in logs.merged():

@@ -29,13 +29,13 @@ def plan_text(plan: Plan, *, has_engines: bool) -> str:
                 if ranks > 1
                 else f"trainer rank {first}"
             )
-            lines.append(f"node {node}  {who:<24} rendezvous {_port(plan.trainer_port)}")
+            lines.append(f"node {node:<3} {who:<24} rendezvous {_port(plan.trainer_port)}")
     if has_engines:
-        lines.append(f"node 0  {'rollout manager':<24} port {_port(plan.manager_port)}")
+        lines.append(f"node {0:<3} {'rollout manager':<24} port {_port(plan.manager_port)}")
         for place in plan.engines:
             gpus = f"GPUs {','.join(map(str, place.gpus))}" if place.gpus else "CPU"
             lines.append(
-                f"node {place.node}  {f'engine {place.index}, {gpus}':<24} "
+                f"node {place.node:<3} {f'engine {place.index}, {gpus}':<24} "
                 f"port {_port(place.port)}, internal {_port(place.internal_port)}"
             )
         lines.append(f"weight pushes: rendezvous {_port(plan.weight_sync_port)} on node 0")

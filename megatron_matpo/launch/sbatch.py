@@ -88,13 +88,18 @@ def secret_lines(job: Job) -> list[str]:
     return [function, f"matpo_read_secrets {where} {quoted(job.secret_names)}"]
 
 
+# One task that ends with an error ends all; one that is done early waits for the others, however
+# long the first node still writes.
+STEP_OPTIONS = ("--kill-on-bad-exit=1", "--wait=0")
+
+
 def container_variables(job: Job) -> list[str]:
     """Variables that the job sets even if the image sets them too (Pyxis: `--container-env`)."""
     return [*(name for name, _ in job.environment), *job.secret_names]
 
 
 def _srun_options(job: Job) -> list[str]:
-    found = ["--kill-on-bad-exit=1"]
+    found: list[str] = [*STEP_OPTIONS]
     container = job.container
     if container is not None:
         found += [f"--container-image={container.image}", f"--container-workdir={job.workdir}"]

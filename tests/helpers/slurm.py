@@ -167,12 +167,15 @@ class LocalSlurm:
     def stop_node(self, name: str) -> None:
         """A node dies: its slurmd and all processes of jobs on it, without a word."""
         daemon = self._daemons.pop(f"slurmd-{name}")
-        victims = [
+        log = str(self.folder / f"slurmd-{name}.log")
+        # slurmd and its slurmstepd first: they would tell how a task ended.
+        own = [process for process in self._processes() if log in _open_files(process)]
+        tasks = [
             process
             for process in self._processes()
             if _environment(process).get("SLURMD_NODENAME") == name
         ]
-        for process in [psutil.Process(daemon.pid), *victims]:
+        for process in [*own, *tasks]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         daemon.wait()
@@ -235,7 +238,11 @@ class LocalSlurm:
         """Everything that belongs to this Slurm: daemons, steps, tasks and what they started."""
         for process in psutil.process_iter():
             conf = _environment(process).get("SLURM_CONF")
-            if process.pid != os.getpid() and conf == str(self.folder / "slurm.conf"):
+            is_ours = conf == str(self.folder / "slurm.conf") or (
+                # Slurm's own processes write their titles over their environment.
+                conf is None and any(str(self.folder) in path for path in _open_files(process))
+            )
+            if is_ours and process.pid != os.getpid():
                 yield process
 
     def _stop(self) -> None:
@@ -257,6 +264,13 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except (psutil.Error, OSError):
         return {}
+
+
+def _open_files(process: psutil.Process) -> set[str]:
+    try:
+        return {file.path for file in process.open_files()}
+    except (psutil.Error, OSError):
+        return set()
 
 
 def _free_ports(count: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 Proves: both ways train a small model to the end; what exit codes, signals, bad nodes and cancelling
 lead to (with a stand-in for the run, so that each takes seconds); the reason of a failure is in the
-job's log; a secret is in no file. Not proved here: containers, SSH, node failures.
+job's log; a secret is in no file. Not proved here: containers, SSH, several nodes of one run.
 """
 
 from __future__ import annotations
@@ -210,6 +210,21 @@ def test_a_cancelled_job_stays_cancelled(site):
     state, restarts, log = site.finish(job)
     assert (state, restarts) == ("CANCELLED", 0), log
     assert "not requeued" in log
+
+
+def test_a_job_whose_node_dies_goes_on_elsewhere(site):
+    job = site.submit("save:1 wait\nexit:0")
+    site.slurm.wait_for(job, {"RUNNING"}, timeout_s=60)
+    _wait_for_text(site, job, "stand-in: train")
+    node = site.slurm.job(job)["NodeList"]
+    site.slurm.stop_node(node)
+    try:
+        state, restarts, log = site.finish(job, timeout_s=120)
+        assert (state, restarts) == ("COMPLETED", 1), log
+        assert site.slurm.job(job)["NodeList"] != node
+        assert "attempt 1 from checkpoint step_1" in log
+    finally:
+        site.slurm.start_node(node)
 
 
 def _wait_for_text(site: Site, job: str, text: str) -> None:

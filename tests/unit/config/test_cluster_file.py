@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_matpo.config.cluster_file import ClusterFile, load_cluster_file
+from megatron_matpo.config.schema import known_paths
 from megatron_matpo.errors import ConfigError
 from tests.helpers.matpo import ROOT
 
@@ -47,6 +48,12 @@ def test_every_commented_setting_of_the_example_exists(tmp_path):
     assert loaded.env["NCCL_DEBUG"] == "WARN"
 
 
+def test_the_example_shows_every_setting():
+    text = (ROOT / "slurm" / "cluster.example.yaml").read_text()
+    names = {path.rsplit(".", 1)[-1] for path in known_paths(ClusterFile)}
+    assert {name for name in names if f"{name}:" not in text} == set()
+
+
 def test_all_mistakes_are_told_at_once(tmp_path):
     found = problems(
         tmp_path,
@@ -71,7 +78,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         "slurm.acount=a: no such key; did you mean slurm.account?",
         "slurm.exclude=node1: expected a list of str, as in [a, b]",
         "kind=slrum: expected one of slurm, local, docker",
-        "slurm.signal=KILL: expected one of TERM, USR1",
+        "slurm.signal=KILL: expected one of USR1, TERM",
         "slurm.max_restarts=-1: expected at least 0",
         "slurm.options[0]=--output=x: is set by the run's folder",
         "slurm.options[1]=comment: expected --name or --name=value",
@@ -87,6 +94,17 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 @pytest.mark.parametrize("value", ["30", "24:00:00", "2-00:00:00", "1-12"])
 def test_time_limits(tmp_path, value):
     assert load(tmp_path, f'slurm: {{time_limit: "{value}"}}').slurm.time_limit == value
+
+
+@pytest.mark.parametrize("value", ["5", "5:00", "0:05:00", "0-0:05", "0-0:4:59"])
+def test_a_time_limit_that_is_over_before_the_warning(tmp_path, value):
+    (line,) = problems(tmp_path, f'slurm: {{time_limit: "{value}"}}')
+    assert line.startswith("slurm.stop_lead_s=300: must be less than slurm.time_limit=")
+
+
+@pytest.mark.parametrize("value", ["6", "5:01", "0:05:01", "0-0:06", "0-1", "0-0:5:1"])
+def test_a_time_limit_just_longer(tmp_path, value):
+    load(tmp_path, f'slurm: {{time_limit: "{value}"}}')
 
 
 def test_a_time_limit_in_words(tmp_path):
@@ -124,7 +142,11 @@ def test_places_that_need_each_other(tmp_path):
     assert problems(tmp_path, ssh) == [
         "bare.repository=: needed with ssh.host (or container.image)"
     ]
-    assert load(tmp_path, f"{ssh}\nbare: {{repository: /r}}").ssh.host == "h"
+    bare = f"{ssh}\nbare: {{repository: /r}}"
+    assert load(tmp_path, bare).ssh.host == "h"
+    assert problems(tmp_path, f"{bare}\nsecret_env: [A]") == [
+        "secret_file=: needed with secret_env and ssh.host"
+    ]
 
 
 def test_no_file():

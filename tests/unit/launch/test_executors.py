@@ -87,6 +87,10 @@ def test_both_scripts_ask_for_the_same_and_behave_alike(name, home):
     assert flags(theirs) == flags(ours)
     assert preamble(job) in ours
     assert preamble(job) in theirs
+    # NeMo-Run's --wait=60 would end the first node while it still writes; the last one counts.
+    (srun,) = [line for line in theirs.splitlines() if line.startswith("srun --output")]
+    assert [word for word in srun.split() if word.startswith("--wait")][-1] == "--wait=0"
+    assert "--kill-on-bad-exit=1 --wait=0" in ours
     assert "TORCHX_MAX_RETRIES=0\n" in theirs, "NeMo-Run requeues nothing by itself"
     assert not [path for path in home.rglob("*") if path.is_file()], "a look leaves nothing"
 
@@ -98,7 +102,7 @@ def test_the_slurm_options_are_all_there():
         *("--cpus-per-task=96", "--mem=0", "--time=1-00:00:00", "--account=acc"),
         *("--partition=gpu", "--qos=high", "--reservation=res", "--exclude=n1,n[3-4]"),
         *("--mail-user=me@example.org", "--mail-type=FAIL,REQUEUE,END", "--exclusive"),
-        *("--signal=TERM@300", "--requeue", "--open-mode=append", "--comment=a"),
+        *("--signal=USR1@300", "--requeue", "--open-mode=append", "--comment=a"),
         *("--hint=nomultithread", "--overcommit"),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import yaml
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch import launch as module
 from megatron_matpo.launch.executors import Submission
+from megatron_matpo.launch.inspect import status_text
 from megatron_matpo.launch.launch import LaunchRequest, launch, prepare
+from megatron_matpo.launch.logs import LogsRequest, show_logs
 from tests.helpers.matpo import QUICKSTART, ROOT
 
 EXAMPLE = str(ROOT / "slurm" / "cluster.example.yaml")
@@ -42,8 +45,8 @@ def test_a_dry_run_shows_everything_and_starts_nothing(capsys, home):
         *("resolved configuration", "nodes", "memory", "batch script", "script of each node")
     ]
     assert "samples_per_prompt: 8" in text
-    assert "node 0  trainer ranks 0-1        rendezvous 4000" in text
-    assert "node 0  engine 0, CPU            port 4003, internal 4004" in text
+    assert "node 0   trainer ranks 0-1        rendezvous 4000" in text
+    assert "node 0   engine 0, CPU            port 4003, internal 4004" in text
     assert "optimizer                             1.0" in text
     assert "#SBATCH --job-name=matpo-x" in text
     assert "slurm_task --run-dir runs/x train" in text
@@ -55,6 +58,8 @@ def test_sixteen_nodes(capsys):
     recipe = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-a800.yaml")
     assert launch(LaunchRequest(recipe, EXAMPLE, dry_run=True)) == 0
     text = capsys.readouterr().out
+    assert "node 7   trainer ranks 56-63" in text
+    assert "node 15  engine 31, GPUs 6,7" in text
     assert "#SBATCH --nodes=16" in text
     assert "#SBATCH --gres=gpu:8" in text
     assert "64 ranks: TP 4" in text
@@ -123,15 +128,24 @@ def test_an_evaluation_has_its_model(capsys):
         prepare(LaunchRequest(QUICKSTART, EXAMPLE, "eval"))
 
 
+def test_a_run_that_has_a_job_already(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "queued_job", lambda run_dir: f"job 7, RUNNING on {run_dir.name}")
+    with pytest.raises(
+        ConfigError, match=r"run\.name=x: job 7, RUNNING on x, is a job of this run"
+    ):
+        launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["run.name=x"]))
+
+
 def test_an_environment_that_is_not_there(tmp_path):
     file = cluster(tmp_path, bare={"repository": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"bare\.python=\.venv/bin/python: no such file in "):
         launch(LaunchRequest(QUICKSTART, file))
 
 
-def test_what_to_do_after_submitting(monkeypatch, capsys):
+def test_what_to_do_after_submitting(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "submit", lambda job, cluster: Submission("12", "/nemo/e"))
-    assert launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["run.name=x"])) == 0
+    file = cluster(tmp_path, bare={"repository": str(tmp_path), "python": sys.executable})
+    assert launch(LaunchRequest(QUICKSTART, file, overrides=["run.name=x"])) == 0
     assert capsys.readouterr().out.splitlines() == [
         "submitted job 12: matpo-x, 1 node(s)",
         "  log      runs/x/logs/slurm-12.log",
@@ -140,6 +154,11 @@ def test_what_to_do_after_submitting(monkeypatch, capsys):
         "  cancel   scancel 12",
         "  files    /nemo/e",
     ]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert status_text(str(tmp_path / "runs" / "x")).splitlines()[1:] == [
+        "  slurm job 12: state unknown (no squeue here)"
+    ]
+    assert show_logs(LogsRequest(str(tmp_path / "runs" / "x"), lines=0, role="")) == 0
 
 
 def test_a_job_that_failed_here_fails_the_command(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_matpo.errors import ConfigError, MatpoError
 from megatron_matpo.launch import slurm_task
-from megatron_matpo.launch.slurm_state import slurm_lines
+from megatron_matpo.launch.slurm_state import queued_job, slurm_lines
 from megatron_matpo.obs.failure import record_failure
 
 
@@ -128,6 +128,16 @@ def test_the_state_of_a_job(job, monkeypatch, body, state):
     first, second = slurm_lines(job)
     assert first == f"  slurm job 12: {state}"
     assert second.startswith("  attempt 2 of 6 without a newer checkpoint; log ")
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [("echo 'PENDING||Priority'", "job 12, PENDING (Priority)"), ("exit 1", ""), ("exit 0", "")],
+)
+def test_whether_a_job_of_the_run_is_there(job, monkeypatch, body, found):
+    squeue(job, monkeypatch, body)
+    assert queued_job(job) == found
+    assert queued_job(job / "nowhere") == ""
 
 
 def test_bad_nodes_are_told(job, monkeypatch):

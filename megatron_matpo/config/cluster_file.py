@@ -122,7 +122,7 @@ class ClusterFile:
     secret_file: str = ""
     """On the cluster, mode 0600, lines `NAME=value`: variables that are not set where the job is
     submitted."""
-    preflight: bool = False
+    preflight: bool = True
     """Run `matpo doctor` on every node before the run; a node that fails is left out next time."""
     slurm: SlurmSection = field(default_factory=SlurmSection)
     container: ContainerSection = field(default_factory=ContainerSection)

@@ -22,7 +22,7 @@ from pathlib import Path
 from megatron_matpo.errors import MatpoError
 from megatron_matpo.launch.eval import EvalRequest, evaluate
 from megatron_matpo.launch.run import run
-from megatron_matpo.obs.failure import read_reason
+from megatron_matpo.obs.failure import first_failure, read_reason
 from megatron_matpo.obs.files import write_atomic
 
 FOLDER = "slurm"
@@ -108,7 +108,13 @@ def _reason(run_dir: Path, code: int) -> str:
         return ""
     if code == 75:
         return "stopped early after saving"
-    return read_reason(run_dir) or f"exit code {code}, see the lines above"
+    if reason := read_reason(run_dir):  # what the supervisor made of all that was recorded
+        return reason
+    failure = first_failure(run_dir)
+    if failure is None:
+        return f"exit code {code}, see the lines above"
+    who = f"{failure.role}-{failure.rank}"
+    return f"{who}, phase {failure.phase}: {failure.type}: {failure.message}"
 
 
 def _record(run_dir: Path, ending: _Ending) -> None:

@@ -158,7 +158,11 @@ def test_secrets_are_names_only_and_the_interface_is_told_to_all():
     assert 'matpo_read_secrets "$HOME"/keys SERPER_API_KEY' in text
     assert "export NCCL_SOCKET_IFNAME=ib0\nexport GLOO_SOCKET_IFNAME=ib0" in text
     assert SECRET not in text
-    assert cluster_overrides(cluster) == ("cluster.interface=ib0",)
+    assert cluster_overrides(cluster) == (
+        "cluster.interface=ib0",
+        "run.save_on_stop=true",
+        "run.save_timeout_s=300",
+    )
 
 
 def test_ssh_goes_where_the_file_says():

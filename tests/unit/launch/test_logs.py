@@ -135,7 +135,7 @@ def test_by_role(run):
 
 def test_by_node(run):
     places = tuple(EnginePlace(i, 1, "h", 1, 2, ()) for i in range(2))
-    plan = Plan(2, "h", 1, (2, 0), "h", 2, 3, places)
+    plan = Plan(("h", "h"), 1, (2, 0), 2, 3, places)
     (run / "plan.json").write_text(plan.to_json())
     for name in ("trainer-0", "trainer-1", "engine-0", "manager"):
         write(run, name, name)

@@ -31,7 +31,7 @@ from megatron_matpo.simulation.records import read_episodes
 from tests.helpers.simulated_runs import write_step
 
 ROOT = Path(__file__).parents[3]
-RECIPE = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-a800.yaml")
+RECIPE = str(ROOT / "recipes" / "matpo-qwen3-14b-16n8g-h800-fp8.yaml")
 WORKER = Agent(20, (Turn(21, (0.25, 0.5), (), 30), Turn(5)))
 EPISODE = Agent(30, (Turn(11, (), (WORKER, WORKER), 40), Turn(3, (0.125,), (WORKER,), 7), Turn(6)))
 

@@ -70,8 +70,10 @@ def test_faster_machines_are_faster(capsys):
         assert fast["rollout_s"] < slow["rollout_s"]
 
 
-def test_a_recipe_that_uses_all_gpus_twice_is_colocated(capsys):
-    said = simulated(capsys, *SMALL, "rollout.num_servers=64", "parallel.data=16")
+def test_a_colocated_recipe_comes_first(capsys):
+    recipe = RECIPE.replace(".yaml", "-colocated.yaml")
+    assert main(["simulate", recipe, "--json", *SMALL]) == 0
+    said = json.loads(capsys.readouterr().out)
     assert said["placements"][0]["placement"] == "colocated"
     assert said["placements"][1]["num_engines"] == 32
     assert "half of the devices" in said["warnings"][0]

@@ -1,5 +1,5 @@
 # Everything runs from .venv; `make setup` creates it and .venv-rollout (SGLang).
-.PHONY: setup quickstart test sweep lint clean
+.PHONY: setup quickstart test slurm sweep lint clean
 .DEFAULT_GOAL := test
 
 setup:
@@ -9,7 +9,11 @@ quickstart: setup
 	.venv/bin/matpo train recipes/quickstart.yaml
 
 test: lint
-	.venv/bin/python -m pytest -m "not gpu and not sweep"
+	.venv/bin/python -m pytest -m "not gpu and not sweep and not slurm"
+
+# Jobs on a real Slurm of two nodes on this machine: as root, with Debian's slurm-wlm and munge.
+slurm: setup
+	.venv/bin/python -m pytest -m slurm
 
 # Every layout against the float64 oracle and of every family, 20 killed saves: `make test` has a part.
 sweep: setup

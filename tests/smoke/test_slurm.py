@@ -19,7 +19,7 @@ from tests.helpers.matpo import QUICKSTART, ROOT, matpo_command, read_metrics
 from tests.helpers.slurm import LocalSlurm, why_not
 
 pytestmark = [
-    pytest.mark.smoke,
+    pytest.mark.slurm,
     pytest.mark.timeout(300),
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]

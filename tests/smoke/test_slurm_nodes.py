@@ -33,7 +33,7 @@ from tests.helpers.slurm import LocalSlurm, why_not
 from tests.smoke.conftest import BATCH, STEPS
 
 pytestmark = [
-    pytest.mark.smoke,
+    pytest.mark.slurm,
     pytest.mark.timeout(900),
     pytest.mark.skipif(bool(why_not()), reason=why_not()),
 ]

@@ -14,9 +14,13 @@ saved before, the same command goes on from there.
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# A scheduler that signals every process of a job reaches the guard and the supervisor, to which the
+# guard passes it on: one request, not two.
+_ECHO_S = 3.0
 STOPPED_EARLY = 75
 """Exit code: ended early on request; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
 
@@ -28,6 +32,7 @@ class StopSignals:
         """`install` makes it listen."""
         self._saving = {signal.SIGUSR1, signal.SIGTERM} if save_on_stop else {signal.SIGUSR1}
         self._seen: list[int] = []
+        self._times: dict[int, float] = {}
 
     def install(self) -> None:
         """Handle and unblock all of `SIGNALS` (main thread)."""
@@ -66,4 +71,8 @@ class StopSignals:
         return 130 if self._seen[0] == signal.SIGINT else 143
 
     def _on_signal(self, signal_number: int, frame: FrameType | None) -> None:
-        self._seen.append(signal_number)
+        now = time.monotonic()
+        is_echo = now - self._times.get(signal_number, -_ECHO_S) < _ECHO_S
+        self._times[signal_number] = now
+        if not (is_echo and signal_number in self._saving):
+            self._seen.append(signal_number)

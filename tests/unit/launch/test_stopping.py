@@ -13,6 +13,7 @@ def after(*numbers: int, save_on_stop: bool) -> StopSignals:
     signals = StopSignals(save_on_stop=save_on_stop)
     for number in numbers:
         signals._on_signal(number, None)
+        signals._times.clear()  # the next one comes much later
     return signals
 
 
@@ -44,3 +45,14 @@ def test_names_and_exit_codes():
     assert after(SIGTERM, save_on_stop=False).exit_code == 143
     assert after(SIGINT, save_on_stop=False).first_name == "Ctrl-C"
     assert after(SIGUSR1, save_on_stop=False).first_name == "SIGUSR1"
+
+
+def test_a_signal_that_comes_by_two_ways_is_one():
+    signals = StopSignals(save_on_stop=True)
+    signals._on_signal(SIGTERM, None)
+    signals._on_signal(SIGTERM, None)
+    assert signals.wants_save and not signals.wants_stop
+    impatient = StopSignals(save_on_stop=True)
+    impatient._on_signal(SIGINT, None)
+    impatient._on_signal(SIGINT, None)
+    assert impatient.in_a_hurry, "a person who presses Ctrl-C twice means it"

@@ -12,8 +12,10 @@ import pytest
 
 from megatron_matpo.config.plan import Offer
 from megatron_matpo.errors import ConfigError, DeadlineError, MatpoError
+from megatron_matpo.launch import meeting as meeting_module
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.nodes import Node
+from megatron_matpo.launch.origin import Death
 from megatron_matpo.launch.run_secrets import RunSecrets
 from tests.helpers.supervised import FakeRun
 
@@ -162,12 +164,29 @@ def test_an_earlier_start_is_forgotten(tmp_path):
     old.leave(1, "failed")
     new = Meeting(tmp_path, Node(0, 2, "new", "a"), node_timeout_s=60)
     assert new.gone() is None and new.over() is None
+    assert old.over() == 1, "it may still be running: the folder's lock says which one may stay"
+    new.forget_earlier()
     assert [path.name for path in (tmp_path / "nodes").iterdir()] == ["new"]
+
+
+def test_a_folder_that_cannot_be_written_hides_no_failure(tmp_path, monkeypatch):
+    leader, other = meetings(tmp_path, 2)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(meeting_module, "write_atomic", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    leader.report_death(Death("engine-0", 1, 0.0))
+    assert leader.silent() is None
+    leader.leave(1, "engine-0 ended")
+    assert other.gone() is None
 
 
 def test_one_node_writes_nothing(tmp_path):
     lone = Meeting(tmp_path, Node(0, 1, "local", "here"), node_timeout_s=60)
     assert lone.gather(Offer("127.0.0.1", (1,)), timeout_s=1) == [Offer("127.0.0.1", (1,))]
+    lone.forget_earlier()
     lone.begin(RunSecrets())
     lone.leave(1, "why")
     assert lone.silent() is None and lone.deaths() == []

@@ -7,12 +7,13 @@ same: every descendant is stopped before `run` returns.
 With several nodes every node has a supervisor. They tell each other of ended roles through the run
 folder (`launch.meeting`); the leader alone decides when the run is over, and names the failure.
 
-Exit codes: 0 done, 1 a role failed, 2 a role says that the configuration is wrong, 75 ended early
+Exit codes: 0 done, 1 a role failed (or did not save in time), 2 a role says that the configuration is wrong, 75 ended early
 on request, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -139,12 +140,12 @@ class Supervisor:
             else:
                 self._save_until += _LEADER_S  # the leader ends the run
         if self._save_until is not None and time.monotonic() > self._save_until:
-            self._reason = (
-                f"the trainer was asked to save and did not end inside run.save_timeout_s="
+            # Not 75: a scheduler that starts such a run again and again would never get anywhere.
+            what = (
+                f"DeadlineError: was asked to save and did not end inside run.save_timeout_s="
                 f"{self._limits.save_timeout_s:g}; the last checkpoint stands"
             )
-            self._console.line(self._reason)
-            return STOPPED_EARLY
+            return self._fail(Origin("trainer", "", what, "trainer"))
         return None
 
     def _on_children(self) -> int | None:
@@ -257,7 +258,8 @@ class Supervisor:
         skip_bytes = self._log_offsets.get(origin.log_name, 0)
         elapsed = format_duration(time.monotonic() - self._started_at)
         self._reason = f"{origin.name}: {origin.what}"
-        write_reason(self._run_dir, self._reason)
+        with contextlib.suppress(OSError):  # a full disk is a failure to be told, too
+            write_reason(self._run_dir, self._reason)
         self._console.line(
             f"the run failed after {elapsed}; stopping everything\n"
             + origin.report(self._log(origin.log_name) if origin.log_name else None, skip_bytes)

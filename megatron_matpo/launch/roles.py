@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_matpo.config.plan import LEADER, EnginePlace, Plan
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command
-from megatron_matpo.launch.nodes import interface_of
+from megatron_matpo.launch.nodes import network_variables
 from megatron_matpo.launch.run_secrets import RunSecrets
 from megatron_matpo.obs.status import read_status
 
@@ -187,17 +187,15 @@ def _settings(config: Config, plan: Plan) -> dict[str, str]:
     """What every role gets.
 
     Logs are complete when a process is killed; a proxy never sees the run's own traffic; process
-    groups meet through the interface that the servers bind to.
+    groups meet through the interface that servers bind to, unless the environment names another.
     """
     direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", "")]
     direct += [*dict.fromkeys(plan.hosts), "127.0.0.1", "localhost"]
     names = ",".join(filter(None, direct))
-    interface = interface_of(config.cluster)
-    meeting = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     return {
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         "NO_PROXY": names,
         "no_proxy": names,
-        **(meeting if interface else {}),
+        **network_variables(config.cluster, os.environ),
     }

@@ -7,8 +7,8 @@ same: every descendant is stopped before `run` returns.
 With several nodes every node has a supervisor. They tell each other of ended roles through the run
 folder (`launch.meeting`); the leader alone decides when the run is over, and names the failure.
 
-Exit codes: 0 done, 1 a role failed (or did not save in time), 2 a role says that the configuration is wrong, 75 ended early
-on request, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 a role failed (or did not save in time), 2 a role says that the configuration
+is wrong, 75 ended early on request, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations

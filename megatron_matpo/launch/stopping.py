@@ -7,10 +7,10 @@
 | SIGINT (Ctrl-C)                          | stops                           | 130       |
 
 A run that does not save inside `run.save_timeout_s` has failed (exit code 1).
-A run that has nothing to save (an evaluation) stops at once with 75.
+A run that has nothing to save (an evaluation, or one that is still starting) stops at once with 75.
 While it saves, a further SIGUSR1 is nothing new; any other signal stops it at once. Whatever was
 saved before, the same command goes on from there.
-Before there is a supervisor nothing has to be saved: `raise_on_signal`.
+Before there is a supervisor: `raise_on_signal`.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Supervisor:
             time.sleep(_POLL_S)
 
     def _on_signal(self) -> int | None:
-        if self._stop.wants_stop or (self._stop.wants_save and not self._limits.save_timeout_s):
+        if self._stop.wants_stop or (self._stop.wants_save and self._has_nothing_to_save()):
             self._reason = f"{self._stop.first_name}: stopping everything"
             self._console.line(f"{self._reason}; the same command resumes what was saved")
             return STOPPED_EARLY if self._stop.wants_save else self._stop.exit_code
@@ -147,6 +147,12 @@ class Supervisor:
             )
             return self._fail(Origin("trainer", "", what, "trainer"))
         return None
+
+    def _has_nothing_to_save(self) -> bool:
+        """An evaluation never has; a training has something once all of the leader is ready."""
+        if not self._limits.save_timeout_s:
+            return True
+        return self._save_until is None and self._meeting.node.is_leader and bool(self._waiting)
 
     def _on_children(self) -> int | None:
         roles = {role.name: role for role in self._roles}

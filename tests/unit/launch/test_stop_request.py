@@ -57,6 +57,15 @@ def test_what_has_nothing_to_save_stops_at_once(tmp_path):
     assert "SIGUSR1: stopping everything" in output
 
 
+def test_a_run_that_is_still_starting_stops_at_once(tmp_path):
+    run = FakeRun(tmp_path, "engine-0", "trainer ready", SAVE_TIMEOUT_S="20")
+    run.wait_for_log("trainer", "hello")
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.wait()
+    assert code == 75, output
+    assert "SIGUSR1: stopping everything" in output
+
+
 def test_a_trainer_that_fails_while_it_saves_is_a_failure(tmp_path):
     run = FakeRun(
         tmp_path, "engine-0 ready", "trainer ready exit_after=2.5 code=1", SAVE_TIMEOUT_S="20"

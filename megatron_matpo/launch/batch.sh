@@ -40,10 +40,24 @@ matpo_refuse_second() {
     fi
 }
 
+# A job that is warned at its very start would stop, requeue itself and stop again, for ever.
+matpo_check_time() {
+    local end left
+    end=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+    end=$(date -d "${end:-none}" +%s 2>/dev/null) || return 0 # it has no limit
+    left=$((end - $(date +%s)))
+    if ((left <= matpo_stop_lead)); then
+        matpo_say "the job may run for $left s, and is warned slurm.stop_lead_s=$matpo_stop_lead before"
+        matpo_say "its end: ask for more time (slurm.time_limit, or sbatch --time), or lower stop_lead_s"
+        exit 2
+    fi
+}
+
 # Counts this attempt, refuses one too many, and sends all output to the run's folder.
 matpo_start() {
     local job="" count=0 before="" now
     matpo_refuse_second
+    matpo_check_time
     mkdir -p "$matpo_run/slurm" "$matpo_run/logs" || exit 2
     matpo_say "the log of this job is $matpo_run/logs/slurm-$SLURM_JOB_ID.log"
     exec >>"$matpo_run/logs/slurm-$SLURM_JOB_ID.log" 2>&1

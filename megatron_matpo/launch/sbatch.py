@@ -59,6 +59,7 @@ def preamble(job: Job) -> str:
     """Everything before `srun`: variables, the shell functions, environment, secrets."""
     lines = [
         f"matpo_max_restarts={job.max_restarts}",
+        f"matpo_stop_lead={job.stop_lead_s}",
         f"matpo_exclude={shlex.quote(','.join(job.exclude))}",
         "",
         _BATCH.read_text(encoding="utf-8").rstrip(),

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,18 @@ def test_a_job_that_is_preempted_after_it_saved_is_not_counted(attempt):
         assert attempt(saved, restarts=restarts) == 75
         assert attempt.asked == [], "Slurm itself starts it again"
     assert attempt.log.count("attempt 1 from checkpoint none") == 5
+
+
+@pytest.mark.parametrize(
+    ("left_s", "code"), [(1100, 2), (1300, 0), (None, 0)], ids=["short", "enough", "no limit"]
+)
+def test_a_job_that_would_be_warned_at_its_start_is_refused(attempt, left_s, code):
+    moment = datetime.now() + timedelta(seconds=left_s or 0)
+    end = "Unknown" if left_s is None else moment.isoformat(timespec="seconds")
+    attempt.env = {"STATE": f"JobId=7 StartTime=2026-11-25T10:00:00 EndTime={end} Deadline=N/A"}
+    assert attempt("exit 0") == code
+    assert ("ask for more time (slurm.time_limit" in attempt.said) == (code == 2)
+    assert attempt.asked == []
 
 
 def test_a_second_job_of_a_run_leaves_the_first_alone(attempt):

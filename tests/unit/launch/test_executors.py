@@ -102,7 +102,7 @@ def test_the_slurm_options_are_all_there():
         *("--cpus-per-task=96", "--mem=0", "--time=1-00:00:00", "--account=acc"),
         *("--partition=gpu", "--qos=high", "--reservation=res", "--exclude=n1,n[3-4]"),
         *("--mail-user=me@example.org", "--mail-type=FAIL,REQUEUE,END", "--exclusive"),
-        *("--signal=USR1@300", "--requeue", "--open-mode=append", "--comment=a"),
+        *("--signal=USR1@1200", "--requeue", "--open-mode=append", "--comment=a"),
         *("--hint=nomultithread", "--overcommit"),
     }
 
@@ -161,7 +161,7 @@ def test_secrets_are_names_only_and_the_interface_is_told_to_all():
     assert cluster_overrides(cluster) == (
         "cluster.interface=ib0",
         "run.save_on_stop=true",
-        "run.save_timeout_s=300",
+        "run.save_timeout_s=1200",
     )
 
 

@@ -30,6 +30,8 @@ _PROBE_TIMEOUT_S = 1.0
 _GENERATE_TIMEOUT_S = 5.0
 # Phases in which a rank has not built its model yet.
 _TRAINER_STARTING = frozenset({"start", "init", "build model"})
+# Those in which the first rank has not trained since this start.
+_NOTHING_TRAINED = _TRAINER_STARTING | {"load", "connect"}
 _ENTRIES: dict[Command, str] = {
     "train": "megatron_matpo.trainer.main",
     "sft": "megatron_matpo.trainer.sft",
@@ -156,6 +158,12 @@ def trainer_is_ready(run_dir: Path, num_ranks: int) -> bool:
     ranks = [status for status in read_status(run_dir) if status.role == "trainer"]
     ready = [status for status in ranks if status.phase not in _TRAINER_STARTING]
     return len(ready) == num_ranks
+
+
+def trainer_has_not_begun(run_dir: Path) -> bool:
+    """Whether the first rank still loads, or waits for engines (which may be on other nodes)."""
+    ranks = [status for status in read_status(run_dir) if status.role == "trainer"]
+    return any(status.rank == 0 and status.phase in _NOTHING_TRAINED for status in ranks)
 
 
 def _get(url: str, token: str, timeout_s: float) -> tuple[int, bytes]:

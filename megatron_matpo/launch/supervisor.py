@@ -24,7 +24,7 @@ from megatron_matpo.launch.console import Console, View
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
-from megatron_matpo.launch.roles import RoleSpec
+from megatron_matpo.launch.roles import RoleSpec, trainer_has_not_begun
 from megatron_matpo.launch.stopping import STOPPED_EARLY, StopSignals
 from megatron_matpo.obs.failure import first_failure, write_reason
 from megatron_matpo.obs.progress import format_duration
@@ -149,10 +149,12 @@ class Supervisor:
         return None
 
     def _has_nothing_to_save(self) -> bool:
-        """An evaluation never has; a training has something once all of the leader is ready."""
+        """An evaluation never has, a training not before it begins; the leader can tell."""
         if not self._limits.save_timeout_s:
             return True
-        return self._save_until is None and self._meeting.node.is_leader and bool(self._waiting)
+        if self._save_until is not None or not self._meeting.node.is_leader:
+            return False
+        return bool(self._waiting) or trainer_has_not_begun(self._run_dir)
 
     def _on_children(self) -> int | None:
         roles = {role.name: role for role in self._roles}

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megatron_matpo.obs.status import PhaseWriter
 from tests.helpers.supervised import FakeRun
 
 TRAINER = "trainer ready saves=0.3"
@@ -60,6 +61,16 @@ def test_what_has_nothing_to_save_stops_at_once(tmp_path):
 def test_a_run_that_is_still_starting_stops_at_once(tmp_path):
     run = FakeRun(tmp_path, "engine-0", "trainer ready", SAVE_TIMEOUT_S="20")
     run.wait_for_log("trainer", "hello")
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.wait()
+    assert code == 75, output
+    assert "SIGUSR1: stopping everything" in output
+
+
+def test_a_trainer_that_waits_for_engines_has_nothing_to_save(tmp_path):
+    run = FakeRun(tmp_path, "trainer ready", SAVE_TIMEOUT_S="20")
+    run.wait_for_log("trainer", "hello")
+    PhaseWriter(tmp_path, "trainer", 0).set("connect")
     run.process.send_signal(signal.SIGUSR1)
     code, output = run.wait()
     assert code == 75, output

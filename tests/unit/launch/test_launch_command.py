@@ -118,6 +118,22 @@ def test_what_this_machine_can_check_is_checked_before_the_queue(tmp_path):
         launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["data.train=nowhere"]))
 
 
+def test_what_a_run_refuses_anywhere_is_refused_before_the_queue(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    recipe = "recipes/matpo-qwen3-14b-16n8g-a800.yaml"
+    overrides = ["rollout.num_servers=33"]
+    with pytest.raises(ConfigError) as error:
+        launch(LaunchRequest(recipe, EXAMPLE, overrides=overrides))
+    placed, weights = str(error.value).splitlines()
+    assert placed.startswith("rollout.num_servers=33: only 32 engines of rollout.tensor=2 GPUs fit")
+    assert weights.startswith("model.path=recipes/models/qwen3-14b: has no *.safetensors")
+    assert launch(LaunchRequest(recipe, EXAMPLE, dry_run=True, overrides=overrides)) == 0
+    refused = capsys.readouterr().err.splitlines()
+    assert [line for line in refused if line.startswith("warning: a run refuses")] == [
+        f"warning: a run refuses this recipe: {line}" for line in (placed, weights)
+    ]
+
+
 def test_an_evaluation_has_its_model(capsys):
     model = str(ROOT / "examples" / "smallworld" / "policy")
     request = LaunchRequest(QUICKSTART, EXAMPLE, "eval", model, overrides=["run.seed=2"])

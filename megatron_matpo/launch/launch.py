@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_matpo.config.cluster_file import ClusterFile, collect_cluster_file
 from megatron_matpo.config.load import collect_recipe, dump_config, format_problems
+from megatron_matpo.config.reward import JUDGE
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command, check_anywhere, check_values, collect_warnings
 from megatron_matpo.errors import ConfigError
@@ -50,7 +51,8 @@ def launch(request: LaunchRequest) -> int:
         MatpoError: the job could not be submitted.
     """
     config, cluster, job = prepare(request)
-    for warning in collect_warnings(config, command=job.command):
+    warnings = collect_warnings(config, command=job.command)
+    for warning in [*warnings, *_keys_nobody_sets(config, cluster, job)]:
         print(f"warning: {warning}", file=sys.stderr)
     if request.write or request.dry_run:
         for problem in [*check_anywhere(config, job.command), *_lacks_weights(config, job)]:
@@ -145,6 +147,30 @@ def _check_submission(
         # The nodes see what this machine sees. GPUs and their driver they have themselves.
         overrides = [*cluster_overrides(cluster), *request.overrides]
         check_recipe(request.recipe, _as_run(request, overrides), job.command)
+
+
+def _keys_nobody_sets(config: Config, cluster: ClusterFile, job: Job) -> list[str]:
+    """Variables with keys that the recipe names and, as far as can be seen, no job will have.
+
+    Lines of `bare.setup` or the image may set them, so this is no mistake for sure.
+    """
+    wanted: dict[str, str] = {}
+    for name, server in config.tools.servers.items():
+        path = f"tools.servers.{name}"
+        wanted |= dict.fromkeys(server.env_from, f"{path}.env_from")
+        wanted |= dict.fromkeys(server.headers_from.values(), f"{path}.headers_from")
+    if config.reward.grader == JUDGE and config.reward.judge.api_key_env:
+        wanted[config.reward.judge.api_key_env] = "reward.judge.api_key_env"
+    named = {*job.secret_names, *dict(job.environment)}
+    # Through SSH or into a container of docker's the shell's variables do not come along.
+    is_inherited = cluster.kind != "docker" and not cluster.ssh.host
+    return [
+        f"{where}={name}: the job will not have this variable; name it in secret_env of the "
+        "cluster file, and put its value into secret_file"
+        for name, where in wanted.items()
+        if job.command != "sft" and name not in named
+        if not (is_inherited and os.environ.get(name))
+    ]
 
 
 def _lacks_weights(config: Config, job: Job) -> list[str]:

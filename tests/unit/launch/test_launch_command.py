@@ -137,7 +137,8 @@ def test_what_a_run_refuses_anywhere_is_refused_before_the_queue(monkeypatch, ca
 def test_a_key_that_no_job_would_have_is_a_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    recipe = str(ROOT / "recipes" / "eval-qwen3-14b-2n8g-a800.yaml")
+    monkeypatch.chdir(ROOT)
+    recipe = "recipes/eval-qwen3-14b-2n8g-a800.yaml"
 
     def warned(file: str) -> list[str]:
         assert launch(LaunchRequest(recipe, file, model="m", dry_run=True)) == 0

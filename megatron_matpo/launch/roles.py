@@ -206,4 +206,16 @@ def _settings(config: Config, plan: Plan) -> dict[str, str]:
         "NO_PROXY": names,
         "no_proxy": names,
         **network_variables(config.cluster, os.environ),
+        **_nccl_variables(config),
     }
+
+
+def _nccl_variables(config: Config) -> dict[str, str]:
+    """Trainer and engines share a process group, and NCCL wants this to be alike in all of it.
+
+    SGLang sets 0 where the environment says nothing (`sglang/srt/entrypoints/engine.py`,
+    `_set_envs_and_config`); NCCL's own default is another one.
+    """
+    if config.cluster.device == "cpu":
+        return {}
+    return {"NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "0")}

@@ -144,7 +144,10 @@ def check_infiniband(site: Site) -> list[Line]:
         lines.append(Line(name, status, f"no port is active: {', '.join(down)}", fix))
     elif not any((site.root / "dev/infiniband").glob("uverbs*")):
         status = "fail" if needs else "warn"
-        fix = "pass /dev/infiniband into the container (docker: --device=/dev/infiniband)"
+        fix = (
+            "pass /dev/infiniband into the container (docker: --device=/dev/infiniband; Enroot: "
+            "MELLANOX_VISIBLE_DEVICES=all)"
+        )
         lines.append(Line(name, status, f"{seen}, but no /dev/infiniband/uverbs* here", fix))
     elif down and needs:
         fix = "leave NCCL the active ones (NCCL_IB_HCA), or repair the cable"

@@ -131,6 +131,31 @@ def test_nodes_meet_and_the_secrets_are_nobody_elses(tmp_path):
     assert not any(own.run_token in path.read_text() for path in tmp_path.glob("nodes/one/*"))
 
 
+def test_a_hundred_and_twenty_eight_nodes_meet_and_a_word_of_one_reaches_all(tmp_path):
+    leader, *others = meetings(tmp_path, 128)
+    secrets: list[RunSecrets | None] = []
+
+    def come(meeting: Meeting) -> None:
+        index = meeting.node.index
+        meeting.offer(Offer(f"10.0.0.{index}", tuple(range(8 * index, 8 * index + 8))))
+        secrets.append(meeting.wait_for_start(60))
+
+    threads = [threading.Thread(target=come, args=(meeting,)) for meeting in reversed(others)]
+    for thread in threads:
+        thread.start()
+    offers = leader.gather(Offer("10.0.0.0", ()), timeout_s=60)
+    assert [offer.host for offer in offers] == [f"10.0.0.{index}" for index in range(128)]
+    own = RunSecrets()
+    leader.begin(own)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert secrets == [own] * 127
+    others[-1].report_death(Death("engine-255", 1, 0.0))
+    assert [death.name for death in leader.deaths()] == ["engine-255"]
+    leader.leave(1, "engine-255 ended")
+    assert {meeting.over() for meeting in others} == {1}
+
+
 def test_the_leader_names_who_did_not_come(tmp_path):
     leader, *_ = meetings(tmp_path, 4)
     meetings(tmp_path, 4)[2].offer(Offer("10.0.0.3", ()))

@@ -122,6 +122,8 @@ def test_a_container_has_its_mounts_and_sees_the_run_folder():
     assert (job.run_dir, job.task_run_dir) == ("/shared/runs/quickstart", "/runs/quickstart")
     ours = sbatch_text(job, "", "f")
     theirs = executors.batch_script(job, CLUSTERS["pyxis"])
+    done = subprocess.run(["bash", "-c", ours, "-", "run.dir=/x"], capture_output=True, text=True)
+    assert (done.returncode, "set run_dir in the cluster file" in done.stderr) == (2, True)
     for word in (
         "--container-image=r#team/matpo:1",
         "--container-mounts=/shared/runs:/runs,/data:/data",

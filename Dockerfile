@@ -97,7 +97,8 @@ RUN /opt/trainer/bin/pip install --no-cache-dir --no-build-isolation --no-deps -
     # Pyxis and `--user` run it as somebody else, who also needs a home and a place for runs.
     && install -d -m 1777 /runs /home/matpo \
     && ln -s /runs runs
-ENV PATH=/opt/trainer/bin:${PATH} HOME=/home/matpo
+# Enroot shows a container InfiniBand only if it asks (its hook 99-mellanox.sh), as it does for GPUs.
+ENV PATH=/opt/trainer/bin:${PATH} HOME=/home/matpo MELLANOX_VISIBLE_DEVICES=all
 USER 10001
 # Everything that needs no GPU: versions, imports, Node.
 RUN matpo doctor --build

@@ -58,8 +58,9 @@ class SlurmSection:
     signal: str = "USR1"
     """`USR1 | TERM`: what the run gets before the time limit. USR1 always saves, TERM with
     `run.save_on_stop`."""
-    stop_lead_s: int = 300
-    """How long before the time limit: enough for the current step and a checkpoint."""
+    stop_lead_s: int = 1200
+    """How long before the time limit: enough for an update and a checkpoint, which `matpo simulate`
+    reckons (the 14B recipes on 16 nodes of 8 A800: 15 minutes)."""
     options: list[str] = field(default_factory=list[str])
     """Further options of sbatch, as `--comment=matpo`."""
 

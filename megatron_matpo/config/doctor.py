@@ -11,8 +11,9 @@ class DoctorConfig:
 
     check_timeout_s: float = 120.0
     """Deadline of one check of this node; they run at the same time."""
-    nodes_timeout_s: float = 120.0
-    """How long to wait for the nodes of the allocation, and for each of their answers."""
+    nodes_timeout_s: float = 300.0
+    """How long to wait for the nodes of the allocation, which may still be unpacking an image, and
+    for each of their answers."""
     collective_timeout_s: float = 300.0
     """Deadline of the all-reduce and of forming the groups, the import of torch included."""
     disk_test_mib: int = 256

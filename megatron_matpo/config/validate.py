@@ -185,6 +185,14 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
     return problems
 
 
+def check_anywhere(config: Config, command: Command) -> list[str]:
+    """What a run refuses wherever it is started: no file and no variable is looked at."""
+    problems = [*check_supported(config, command), *_check_machines(config, command)]
+    if command == "eval" or (command == "train" and not config.rollout.replay):
+        problems += [*check_planner(config), *check_agent_limits(config)]
+    return problems
+
+
 def collect_warnings(config: Config, *, command: Command) -> list[str]:
     """Settings that are allowed but probably not meant."""
     warnings: list[str] = []

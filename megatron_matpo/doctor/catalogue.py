@@ -102,8 +102,8 @@ CHECKS: tuple[Check, ...] = (
     ),
     Check(
         "net.interface",
-        "`cluster.interface` (or NCCL_SOCKET_IFNAME) has an address; warn: several nodes, and "
-        "nothing says which network is theirs",
+        "`cluster.interface` (or NCCL_SOCKET_IFNAME) has an address; several nodes without a name "
+        "take the default route's; fail: no such interface; warn: there are several",
         "`cluster.interface=IFACE`",
         check_interface,
     ),

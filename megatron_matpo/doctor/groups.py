@@ -7,18 +7,21 @@ equals, that failed first.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_matpo.config.gpus import GPUS
 from megatron_matpo.doctor.child import Answer, ask
 from megatron_matpo.doctor.lines import Line, Site
 from megatron_matpo.doctor.network import addresses, list_ports
+from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch.nodes import network_variables
 
 STAGES = ("lost", "start", "meet", "all-reduce", "weight-sync group", "broadcast", "done")
 """How far a rank came; `lost`: its node gave no answer."""
@@ -88,15 +91,17 @@ def run_ranks(
 ) -> Outcome:
     """Start the ranks of this node, and wait for them until the deadline.
 
-    `own_address` is the one at which node 0 is talked to; gloo, which otherwise takes what the
-    host's name resolves to, is given its interface.
+    They get the network that the run's roles get. `own_address` is where node 0 is talked
+    to; gloo, which otherwise takes what the host's name resolves to, is given its interface where
+    that is still open.
     """
     module = "megatron_matpo.doctor.collectives"
     env = {"OMP_NUM_THREADS": "1"}
     interface = next((key for key, value in addresses().items() if value == own_address), "")
-    if named := site.config.cluster.interface:  # as `launch.roles` has it
-        env |= {"NCCL_SOCKET_IFNAME": named, "GLOO_SOCKET_IFNAME": named}
-    elif interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+    with contextlib.suppress(ConfigError):  # no default route: `net.interface` has a line on it
+        cluster = replace(site.config.cluster, num_nodes=site.num_nodes)
+        env |= network_variables(cluster, os.environ)
+    if interface and "GLOO_SOCKET_IFNAME" not in os.environ | env:
         env["GLOO_SOCKET_IFNAME"] = interface
 
     def run(setting: dict[str, Any]) -> Answer:

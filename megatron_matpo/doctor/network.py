@@ -13,6 +13,7 @@ import psutil
 
 from megatron_matpo.config import Config
 from megatron_matpo.doctor.lines import Line, Site
+from megatron_matpo.launch.nodes import default_interface
 
 _NCCL_VARIABLE = "NCCL_SOCKET_IFNAME"
 
@@ -73,17 +74,16 @@ def check_interface(site: Site) -> list[Line]:
     if site.num_nodes == 1:
         return [Line(name, "pass", "none is named, and one node needs none")]
     fix = "name the nodes' own network: cluster.interface=IFACE"
-    try:
-        resolved = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        resolved = ""
-    if resolved.startswith("127."):
-        seen = f"none is named, and {socket.gethostname()} resolves to {resolved}; {listing}"
-        return [Line(name, "warn", f"{seen}: other nodes cannot come there", fix)]
+    taken_one = default_interface(_read(site.root / "proc/net/route"))
+    if taken_one not in found:
+        seen = f"none is named, and no default route says which one to take; {listing}"
+        return [Line(name, "fail", seen, fix)]
+    seen = f"{taken_one} {found[taken_one]}, of the default route"
     usable = [address for address in found.values() if not address.startswith("127.")]
     if len(usable) > 1:
-        return [Line(name, "warn", f"none is named, and there are several: {listing}", fix)]
-    return [Line(name, "pass", listing)]
+        seen = f"none is named, so the run takes {seen}; there are {listing}"
+        return [Line(name, "warn", seen, fix)]
+    return [Line(name, "pass", seen)]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,10 @@ def check_infiniband(site: Site) -> list[Line]:
         lines.append(Line(name, status, f"no port is active: {', '.join(down)}", fix))
     elif not any((site.root / "dev/infiniband").glob("uverbs*")):
         status = "fail" if needs else "warn"
-        fix = "pass /dev/infiniband into the container (docker: --device=/dev/infiniband)"
+        fix = (
+            "pass /dev/infiniband into the container (docker: --device=/dev/infiniband; Enroot: "
+            "MELLANOX_VISIBLE_DEVICES=all)"
+        )
         lines.append(Line(name, status, f"{seen}, but no /dev/infiniband/uverbs* here", fix))
     elif down and needs:
         fix = "leave NCCL the active ones (NCCL_IB_HCA), or repair the cable"

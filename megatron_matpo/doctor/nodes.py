@@ -1,4 +1,4 @@
-"""The doctors of an node together: who came, clocks, collectives, one report at node 0."""
+"""The doctors of all nodes together: who came, clocks, collectives, one report at node 0."""
 
 from __future__ import annotations
 

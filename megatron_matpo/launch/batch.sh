@@ -28,9 +28,36 @@ matpo_write_attempts() {
     mv "$matpo_run/slurm/attempts.new" "$matpo_run/slurm/attempts"
 }
 
+# Another job of the same run owns its folder as long as it runs; a second one must not touch it.
+matpo_refuse_second() {
+    local other=""
+    [[ -r "$matpo_run/slurm/job.json" ]] || return 0
+    other=$(sed -n 's/.*"job_id": "\([^"]*\)".*/\1/p' "$matpo_run/slurm/job.json")
+    [[ -n "$other" && "$other" != "$SLURM_JOB_ID" ]] || return 0
+    if scontrol show job -o "$other" 2>/dev/null | grep -q "^JobId=$other .*JobState=RUNNING"; then
+        matpo_say "job $other of the same run is running: cancel it, or choose another run.name"
+        exit 2
+    fi
+}
+
+# A job that is warned at its very start would stop, requeue itself and stop again, for ever.
+matpo_check_time() {
+    local end left
+    end=$(scontrol show job -o "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* EndTime=\([^ ]*\).*/\1/p')
+    end=$(date -d "${end:-none}" +%s 2>/dev/null) || return 0 # it has no limit
+    left=$((end - $(date +%s)))
+    if ((left <= matpo_stop_lead)); then
+        matpo_say "the job may run for $left s, and is warned slurm.stop_lead_s=$matpo_stop_lead before"
+        matpo_say "its end: ask for more time (slurm.time_limit, or sbatch --time), or lower stop_lead_s"
+        exit 2
+    fi
+}
+
 # Counts this attempt, refuses one too many, and sends all output to the run's folder.
 matpo_start() {
     local job="" count=0 before="" now
+    matpo_refuse_second
+    matpo_check_time
     mkdir -p "$matpo_run/slurm" "$matpo_run/logs" || exit 2
     matpo_say "the log of this job is $matpo_run/logs/slurm-$SLURM_JOB_ID.log"
     exec >>"$matpo_run/logs/slurm-$SLURM_JOB_ID.log" 2>&1
@@ -138,6 +165,8 @@ matpo_end() {
         matpo_say "done"
         rm -f "$matpo_run/slurm/attempts"
     elif ((matpo_cancelled)); then
+        # Preempted after it saved: that is no failure.
+        ((code != 75)) || matpo_write_attempts "$((matpo_attempt - 1))" "$(matpo_checkpoint)"
         matpo_say "not requeued: the job was cancelled, or Slurm itself starts it again"
     elif ((code == 75)); then
         matpo_write_attempts "$((matpo_attempt - 1))" "$(matpo_checkpoint)"

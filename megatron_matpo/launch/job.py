@@ -64,6 +64,8 @@ class Job:
     setup: tuple[str, ...]
     exclude: tuple[str, ...]
     max_restarts: int
+    stop_lead_s: int
+    """How long before its time limit the job is warned."""
 
     @property
     def task(self) -> tuple[str, ...]:
@@ -114,6 +116,7 @@ def describe_job(config: Config, cluster: ClusterFile, request: Request) -> Job:
         setup=tuple(cluster.bare.setup),
         exclude=tuple(cluster.slurm.exclude),
         max_restarts=cluster.slurm.max_restarts,
+        stop_lead_s=cluster.slurm.stop_lead_s,
     )
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from megatron_matpo.config.cluster_file import ClusterFile, collect_cluster_file
 from megatron_matpo.config.load import collect_recipe, dump_config, format_problems
+from megatron_matpo.config.reward import JUDGE
 from megatron_matpo.config.root import Config
-from megatron_matpo.config.validate import Command, check_supported, check_values, collect_warnings
+from megatron_matpo.config.validate import Command, check_anywhere, check_values, collect_warnings
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.eval import EvalRequest
 from megatron_matpo.launch.executors import Submission, batch_script, submit, task_script
@@ -50,10 +51,14 @@ def launch(request: LaunchRequest) -> int:
         MatpoError: the job could not be submitted.
     """
     config, cluster, job = prepare(request)
-    for warning in collect_warnings(config, command=job.command):
+    warnings = collect_warnings(config, command=job.command)
+    for warning in [*warnings, *_keys_nobody_sets(config, cluster, job)]:
         print(f"warning: {warning}", file=sys.stderr)
+    if request.write or request.dry_run:
+        for problem in [*check_anywhere(config, job.command), *_lacks_weights(config, job)]:
+            print(f"warning: a run refuses this recipe: {problem}", file=sys.stderr)
     if request.write:
-        return _write(request, config, job)
+        return _write(request, job)
     if request.dry_run:
         print(_dry_run(request, config, cluster, job), end="")
         return 0
@@ -117,7 +122,7 @@ def _check_submission(
     request: LaunchRequest, config: Config, cluster: ClusterFile, job: Job
 ) -> None:
     """What can still be found before a place in the queue is taken."""
-    problems = list(check_supported(config, job.command))
+    problems = [*check_anywhere(config, job.command), *_lacks_weights(config, job)]
     if cluster.kind != "docker" and not cluster.ssh.host and not job.secret_file:
         problems += [
             f"secret_env: {name} is not set here, and there is no secret_file"
@@ -142,6 +147,43 @@ def _check_submission(
         # The nodes see what this machine sees. GPUs and their driver they have themselves.
         overrides = [*cluster_overrides(cluster), *request.overrides]
         check_recipe(request.recipe, _as_run(request, overrides), job.command)
+
+
+def _keys_nobody_sets(config: Config, cluster: ClusterFile, job: Job) -> list[str]:
+    """Variables with keys that the recipe names and, as far as can be seen, no job will have.
+
+    Lines of `bare.setup` or the image may set them, so this is no mistake for sure.
+    """
+    wanted: dict[str, str] = {}
+    for name, server in config.tools.servers.items():
+        path = f"tools.servers.{name}"
+        wanted |= dict.fromkeys(server.env_from, f"{path}.env_from")
+        wanted |= dict.fromkeys(server.headers_from.values(), f"{path}.headers_from")
+    if config.reward.grader == JUDGE and config.reward.judge.api_key_env:
+        wanted[config.reward.judge.api_key_env] = "reward.judge.api_key_env"
+    named = {*job.secret_names, *dict(job.environment)}
+    # Through SSH or into a container of docker's the shell's variables do not come along.
+    is_inherited = cluster.kind != "docker" and not cluster.ssh.host
+    return [
+        f"{where}={name}: the job will not have this variable; name it in secret_env of the "
+        "cluster file, and put its value into secret_file"
+        for name, where in wanted.items()
+        if job.command != "sft" and name not in named
+        if not (is_inherited and os.environ.get(name))
+    ]
+
+
+def _lacks_weights(config: Config, job: Job) -> list[str]:
+    """A folder of the repository with a model's shape only, which is what most recipes name."""
+    folder = Path(job.folder or ".") / config.model.path
+    is_own = not os.path.isabs(config.model.path) and (folder / "config.json").is_file()
+    is_random = job.command == "sft" and config.model.random_init
+    if not is_own or is_random or any(folder.glob("*.safetensors")):
+        return []
+    return [
+        f"model.path={config.model.path}: has no *.safetensors, only the model's shape; add "
+        "model.path=FOLDER with weights, as the job sees it"
+    ]
 
 
 def _dry_run(request: LaunchRequest, config: Config, cluster: ClusterFile, job: Job) -> str:
@@ -171,9 +213,7 @@ def _memory_text(request: LaunchRequest, cluster: ClusterFile) -> str:
         return f"not reckoned: {error}"
 
 
-def _write(request: LaunchRequest, config: Config, job: Job) -> int:
-    for problem in check_supported(config, job.command):
-        print(f"warning: a run refuses this recipe: {problem}", file=sys.stderr)
+def _write(request: LaunchRequest, job: Job) -> int:
     path = Path(request.write)
     text = _without_secrets(sbatch_text(job, _origin(request), request.write), job)
     path.parent.mkdir(parents=True, exist_ok=True)

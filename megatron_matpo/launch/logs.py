@@ -20,7 +20,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_matpo.config.plan import Plan
+from megatron_matpo.config.plan import LEADER, Plan
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.run_folder import PLAN_FILE
 
@@ -239,8 +239,10 @@ def _node_of(name: str, plan: Plan | None) -> int:
     role, _, number = name.rpartition("-")
     if plan is None:
         return -1
-    if name == "manager" or role.startswith("tool"):
-        return 0
+    if name in ("manager", "evaluation", "trainer") or role.startswith("tool"):
+        return LEADER
+    if role == "trainer-node" and number.isdigit():
+        return int(number)
     if role == "engine" and number.isdigit():
         return next((place.node for place in plan.engines if place.index == int(number)), -1)
     if role == "trainer" and number.isdigit():

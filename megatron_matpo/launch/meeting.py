@@ -12,12 +12,16 @@ Everything passes through `RUN/nodes/LAUNCH_ID/`, on the file system that the no
 | `over.json`    | leader            | the same of the leader: the other nodes stop           |
 
 A lone node has nobody to meet: the same calls then touch no file.
+
+Network file systems remember for up to a minute that a file is not there. Listing its folder makes
+them look again, so that no file of another node is asked for by name alone.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -65,10 +69,14 @@ class Meeting:
         if self._is_alone:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        if node.is_leader:
-            for other in self._folder.parent.iterdir():
-                if other != self._folder:
-                    shutil.rmtree(other, ignore_errors=True)
+
+    def forget_earlier(self) -> None:
+        """Leader, once the run's folder is its own: remove what earlier starts have left."""
+        if self._is_alone:
+            return
+        for other in self._folder.parent.iterdir():
+            if other != self._folder:
+                shutil.rmtree(other, ignore_errors=True)
 
     @property
     def _is_alone(self) -> bool:
@@ -85,8 +93,9 @@ class Meeting:
         offers: dict[int, Offer] = {LEADER: own}
 
         def complete() -> list[Offer] | None:
-            for index in range(self.node.count):
-                if index not in offers and (found := self._read(f"offer-{index}.json")):
+            there = self._there()
+            for index in set(range(self.node.count)) - set(offers):
+                if found := self._read(f"offer-{index}.json", there):
                     self._names[index] = found["name"]
                     offers[index] = Offer(found["host"], tuple(found["ports"]))
             return [offers[i] for i in sorted(offers)] if len(offers) == self.node.count else None
@@ -130,13 +139,15 @@ class Meeting:
 
     def report_death(self, death: Death) -> None:
         """Tell all nodes that a role of this one has ended."""
-        self._write(f"death-{death.name}.json", asdict(death))
+        with contextlib.suppress(OSError):  # a full disk may be what the role has died of
+            self._write(f"death-{death.name}.json", asdict(death))
 
     def deaths(self) -> list[Death]:
         """Roles that ended on any node, the earliest first."""
         if self._is_alone:
             return []
-        found = [self._read(path.name) for path in self._folder.glob("death-*.json")]
+        there = self._there()
+        found = [self._read(name, there) for name in there if name.startswith("death-")]
         return sorted((Death(**item) for item in found if item), key=lambda death: death.time)
 
     def leave(self, exit_code: int, reason: str) -> None:
@@ -159,9 +170,10 @@ class Meeting:
 
     def gone(self) -> Gone | None:
         """The first other node, by number, that has left; to the others only the leader counts."""
+        there = self._there()
         for index in self._others():
             name = _OVER if index == LEADER else f"gone-{index}.json"
-            if found := self._read(name):
+            if found := self._read(name, there):
                 self._names[index] = found["name"]
                 return Gone(**found)
         return None
@@ -175,7 +187,9 @@ class Meeting:
             self._beat + 1,
             now + self._node_timeout_s / _BEATS_PER_TIMEOUT,
         )
-        self._folder.joinpath(f"beat-{self.node.index}").write_text(str(self._beat))
+        with contextlib.suppress(OSError):  # the others miss it if that lasts
+            self._folder.joinpath(f"beat-{self.node.index}").write_text(str(self._beat))
+        self._there()
         for index in self._others():
             with contextlib.suppress(OSError):
                 beat = (self._folder / f"beat-{index}").read_text()
@@ -220,9 +234,19 @@ class Meeting:
         if not self._is_alone:
             write_atomic(self._folder / name, json.dumps(content), mode=mode)
 
-    def _read(self, name: str) -> dict | None:
-        """A file's content; None if it is not there yet, or not readable at this moment."""
-        if self._is_alone:
+    def _there(self) -> set[str]:
+        """Names of the files that are there now."""
+        try:
+            return set(os.listdir(self._folder))
+        except OSError:
+            return set()
+
+    def _read(self, name: str, there: set[str] | None = None) -> dict | None:
+        """A file's content; None if it is not there yet, or not readable at this moment.
+
+        `there`: what `_there` has just said.
+        """
+        if self._is_alone or name not in (self._there() if there is None else there):
             return None
         try:
             return json.loads((self._folder / name).read_text())

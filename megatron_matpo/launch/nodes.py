@@ -21,6 +21,7 @@ from megatron_matpo.errors import ConfigError
 _SIOCGIFADDR = 0x8915
 _ROUTES = Path("/proc/net/route")
 _NAME_BYTES = 15
+_NETWORK = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 _LAUNCH_ID = re.compile(r"[A-Za-z0-9._-]+")
 _OWN = ("MATPO_NODE_RANK", "MATPO_NUM_NODES", "MATPO_LAUNCH_ID")
 
@@ -105,6 +106,19 @@ def interface_of(cluster: ClusterConfig) -> str:
             f"between the nodes must be named; its interfaces are {_interfaces()}"
         )
     return name
+
+
+def network_variables(cluster: ClusterConfig, environ: Mapping[str, str]) -> dict[str, str]:
+    """What NCCL and gloo are told of the network between the nodes.
+
+    `cluster.interface`; if that is empty what `environ` says, else the default route's interface.
+
+    Raises:
+        ConfigError: as `interface_of`.
+    """
+    interface = interface_of(cluster)
+    wanted = [name for name in _NETWORK if cluster.interface or not environ.get(name)]
+    return dict.fromkeys(wanted, interface) if interface else {}
 
 
 def default_interface(routes: str) -> str:

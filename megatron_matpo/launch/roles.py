@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_matpo.config.plan import LEADER, EnginePlace, Plan
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate import Command
-from megatron_matpo.launch.nodes import interface_of
+from megatron_matpo.launch.nodes import network_variables
 from megatron_matpo.launch.run_secrets import RunSecrets
 from megatron_matpo.obs.status import read_status
 
@@ -30,6 +30,8 @@ _PROBE_TIMEOUT_S = 1.0
 _GENERATE_TIMEOUT_S = 5.0
 # Phases in which a rank has not built its model yet.
 _TRAINER_STARTING = frozenset({"start", "init", "build model"})
+# Those in which the first rank has not trained since this start.
+_NOTHING_TRAINED = _TRAINER_STARTING | {"load", "connect"}
 _ENTRIES: dict[Command, str] = {
     "train": "megatron_matpo.trainer.main",
     "sft": "megatron_matpo.trainer.sft",
@@ -158,6 +160,12 @@ def trainer_is_ready(run_dir: Path, num_ranks: int) -> bool:
     return len(ready) == num_ranks
 
 
+def trainer_has_not_begun(run_dir: Path) -> bool:
+    """Whether the first rank still loads, or waits for engines (which may be on other nodes)."""
+    ranks = [status for status in read_status(run_dir) if status.role == "trainer"]
+    return any(status.rank == 0 and status.phase in _NOTHING_TRAINED for status in ranks)
+
+
 def _get(url: str, token: str, timeout_s: float) -> tuple[int, bytes]:
     """(HTTP status, body); status 0 if there was no answer."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"})
@@ -187,17 +195,27 @@ def _settings(config: Config, plan: Plan) -> dict[str, str]:
     """What every role gets.
 
     Logs are complete when a process is killed; a proxy never sees the run's own traffic; process
-    groups meet through the interface that the servers bind to.
+    groups meet through the interface that servers bind to, unless the environment names another.
     """
     direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", "")]
     direct += [*dict.fromkeys(plan.hosts), "127.0.0.1", "localhost"]
     names = ",".join(filter(None, direct))
-    interface = interface_of(config.cluster)
-    meeting = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": interface}
     return {
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         "NO_PROXY": names,
         "no_proxy": names,
-        **(meeting if interface else {}),
+        **network_variables(config.cluster, os.environ),
+        **_nccl_variables(config),
     }
+
+
+def _nccl_variables(config: Config) -> dict[str, str]:
+    """Trainer and engines share a process group, and NCCL wants this to be alike in all of it.
+
+    SGLang sets 0 where the environment says nothing (`sglang/srt/entrypoints/engine.py`,
+    `_set_envs_and_config`); NCCL's own default is another one.
+    """
+    if config.cluster.device == "cpu":
+        return {}
+    return {"NCCL_CUMEM_ENABLE": os.environ.get("NCCL_CUMEM_ENABLE", "0")}

@@ -20,6 +20,8 @@ _HEADER = """\
 # Written by: {origin}
 # Submit:     sbatch {options}{file} [key=value ...]
 # The same again resumes the run. Output: {log}"""
+# What a path inside of the container is outside, only the cluster file says.
+_NO_RUN_DIR = "echo 'matpo: set run_dir in the cluster file, and write this file anew' >&2; exit 2"
 _FROM_SUBMISSION = "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
 
 
@@ -59,6 +61,7 @@ def preamble(job: Job) -> str:
     """Everything before `srun`: variables, the shell functions, environment, secrets."""
     lines = [
         f"matpo_max_restarts={job.max_restarts}",
+        f"matpo_stop_lead={job.stop_lead_s}",
         f"matpo_exclude={shlex.quote(','.join(job.exclude))}",
         "",
         _BATCH.read_text(encoding="utf-8").rstrip(),
@@ -130,7 +133,7 @@ def _run_dir_of_arguments(job: Job) -> list[str]:
         'for word in "$@"; do',
         '    case "$word" in',
         "        run.name=*) matpo_name=${word#*=} ;;",
-        *([] if job.container else ["        run.dir=*) matpo_dir=${word#*=} ;;"]),
+        f"        run.dir=*) {_NO_RUN_DIR if job.container else 'matpo_dir=${word#*=}'} ;;",
         "    esac",
         "done",
         'matpo_run="$matpo_dir/$matpo_name"',

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 from megatron_matpo.errors import MatpoError
 from megatron_matpo.launch.eval import EvalRequest, evaluate
 from megatron_matpo.launch.run import run
+from megatron_matpo.launch.stopping import SIGNALS, STOPPED_EARLY, StoppedEarly, raise_on_signal
 from megatron_matpo.obs.failure import first_failure, read_reason
 from megatron_matpo.obs.files import write_atomic
 
@@ -46,9 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
     run_dir = Path(options.run_dir)
     model = [f"model.path={options.model}"] if options.model else []
     words = [options.recipe, *model, *options.overrides]
-    ending = _preflight(run_dir, words) if options.preflight else _Ending(0, "")
-    if ending.code == 0:
-        ending = _run(run_dir, options)
+    raise_on_signal()
+    try:
+        ending = _preflight(run_dir, words) if options.preflight else _Ending(0, "")
+        if ending.code == 0:
+            ending = _run(run_dir, options)
+    except StoppedEarly as stop:
+        ending = _Ending(STOPPED_EARLY, f"{stop}: stopped before the run had begun")
+        print(ending.reason, file=sys.stderr)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     _record(run_dir, ending)
     return ending.code
 
@@ -106,7 +115,7 @@ def _reason(run_dir: Path, code: int) -> str:
     """The first failure that the run recorded, if it failed."""
     if code == 0:
         return ""
-    if code == 75:
+    if code == STOPPED_EARLY:
         return "stopped early after saving"
     if reason := read_reason(run_dir):  # what the supervisor made of all that was recorded
         return reason

@@ -75,6 +75,7 @@ def lead(config: Config, folder: RunFolder, meeting: Meeting, *, has_trainer: bo
         MatpoError: a port is taken.
         DeadlineError: a node did not come inside `run.start_timeout_s`.
     """
+    meeting.forget_earlier()
     placement = place(config, has_trainer=has_trainer)
     offers = meeting.gather(
         _own_offer(config, placement.num_ports(meeting.node.index)), config.run.start_timeout_s

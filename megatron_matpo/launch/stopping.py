@@ -6,9 +6,11 @@
 | SIGTERM, SIGHUP                          | stops                           | 143       |
 | SIGINT (Ctrl-C)                          | stops                           | 130       |
 
-A run that has nothing to save (an evaluation) stops at once with 75.
+A run that does not save inside `run.save_timeout_s` has failed (exit code 1).
+A run that has nothing to save (an evaluation, or one that is still starting) stops at once with 75.
 While it saves, a further SIGUSR1 is nothing new; any other signal stops it at once. Whatever was
 saved before, the same command goes on from there.
+Before there is a supervisor: `raise_on_signal`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 _ECHO_S = 3.0
 STOPPED_EARLY = 75
 """Exit code: ended early on request; the same command goes on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class StoppedEarly(BaseException):
+    """Asked to end before anything had started; no handler of errors may swallow it."""
+
+
+def raise_on_signal() -> None:
+    """Have SIGUSR1 and SIGTERM raise `StoppedEarly`, until a guard takes them over (main thread).
+
+    By default they would end the process without a word, and look like a crash.
+    """
+
+    def stop(signal_number: int, frame: FrameType | None) -> None:
+        raise StoppedEarly(signal.Signals(signal_number).name)
+
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, stop)
 
 
 class StopSignals:

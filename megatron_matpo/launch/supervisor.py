@@ -7,12 +7,13 @@ same: every descendant is stopped before `run` returns.
 With several nodes every node has a supervisor. They tell each other of ended roles through the run
 folder (`launch.meeting`); the leader alone decides when the run is over, and names the failure.
 
-Exit codes: 0 done, 1 a role failed, 2 a role says that the configuration is wrong, 75 ended early
-on request, 130 Ctrl-C, 143 SIGTERM.
+Exit codes: 0 done, 1 a role failed (or did not save in time), 2 a role says that the configuration
+is wrong, 75 ended early on request, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from megatron_matpo.launch.console import Console, View
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
-from megatron_matpo.launch.roles import RoleSpec
+from megatron_matpo.launch.roles import RoleSpec, trainer_has_not_begun
 from megatron_matpo.launch.stopping import STOPPED_EARLY, StopSignals
 from megatron_matpo.obs.failure import first_failure, write_reason
 from megatron_matpo.obs.progress import format_duration
@@ -123,7 +124,7 @@ class Supervisor:
             time.sleep(_POLL_S)
 
     def _on_signal(self) -> int | None:
-        if self._stop.wants_stop or (self._stop.wants_save and not self._limits.save_timeout_s):
+        if self._stop.wants_stop or (self._stop.wants_save and self._has_nothing_to_save()):
             self._reason = f"{self._stop.first_name}: stopping everything"
             self._console.line(f"{self._reason}; the same command resumes what was saved")
             return STOPPED_EARLY if self._stop.wants_save else self._stop.exit_code
@@ -139,13 +140,21 @@ class Supervisor:
             else:
                 self._save_until += _LEADER_S  # the leader ends the run
         if self._save_until is not None and time.monotonic() > self._save_until:
-            self._reason = (
-                f"the trainer was asked to save and did not end inside run.save_timeout_s="
+            # Not 75: a scheduler that starts such a run again and again would never get anywhere.
+            what = (
+                f"DeadlineError: was asked to save and did not end inside run.save_timeout_s="
                 f"{self._limits.save_timeout_s:g}; the last checkpoint stands"
             )
-            self._console.line(self._reason)
-            return STOPPED_EARLY
+            return self._fail(Origin("trainer", "", what, "trainer"))
         return None
+
+    def _has_nothing_to_save(self) -> bool:
+        """An evaluation never has, a training not before it begins; the leader can tell."""
+        if not self._limits.save_timeout_s:
+            return True
+        if self._save_until is not None or not self._meeting.node.is_leader:
+            return False
+        return bool(self._waiting) or trainer_has_not_begun(self._run_dir)
 
     def _on_children(self) -> int | None:
         roles = {role.name: role for role in self._roles}
@@ -257,7 +266,8 @@ class Supervisor:
         skip_bytes = self._log_offsets.get(origin.log_name, 0)
         elapsed = format_duration(time.monotonic() - self._started_at)
         self._reason = f"{origin.name}: {origin.what}"
-        write_reason(self._run_dir, self._reason)
+        with contextlib.suppress(OSError):  # a full disk is a failure to be told, too
+            write_reason(self._run_dir, self._reason)
         self._console.line(
             f"the run failed after {elapsed}; stopping everything\n"
             + origin.report(self._log(origin.log_name) if origin.log_name else None, skip_bytes)

@@ -47,6 +47,10 @@ def test_what_runs_is_not_root_and_says_how_it_is(name):
     assert re.search(r"^USER .*?^RUN matpo doctor --", stage, re.MULTILINE | re.DOTALL)
 
 
+def test_the_image_asks_enroot_for_infiniband():
+    assert re.search(r"^ENV .*\bMELLANOX_VISIBLE_DEVICES=all\b", stages()["image"], re.MULTILINE)
+
+
 def test_compilers_stay_in_the_stage_that_builds():
     assert list(stages()) == ["search", "build", "cpu", "image"]
     assert "apt-get" in stages()["build"] and "apt-get" not in stages()["image"]

@@ -96,13 +96,13 @@ def test_time_limits(tmp_path, value):
     assert load(tmp_path, f'slurm: {{time_limit: "{value}"}}').slurm.time_limit == value
 
 
-@pytest.mark.parametrize("value", ["5", "5:00", "0:05:00", "0-0:05", "0-0:4:59"])
+@pytest.mark.parametrize("value", ["20", "20:00", "0:20:00", "0-0:20", "0-0:19:59"])
 def test_a_time_limit_that_is_over_before_the_warning(tmp_path, value):
     (line,) = problems(tmp_path, f'slurm: {{time_limit: "{value}"}}')
-    assert line.startswith("slurm.stop_lead_s=300: must be less than slurm.time_limit=")
+    assert line.startswith("slurm.stop_lead_s=1200: must be less than slurm.time_limit=")
 
 
-@pytest.mark.parametrize("value", ["6", "5:01", "0:05:01", "0-0:06", "0-1", "0-0:5:1"])
+@pytest.mark.parametrize("value", ["21", "20:01", "0:20:01", "0-0:21", "0-1", "0-0:20:1"])
 def test_a_time_limit_just_longer(tmp_path, value):
     load(tmp_path, f'slurm: {{time_limit: "{value}"}}')
 

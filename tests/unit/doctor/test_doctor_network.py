@@ -59,13 +59,20 @@ def test_the_recipes_interface_goes_before_the_variable(tmp_path, monkeypatch):
 def test_several_nodes_with_several_networks_need_a_name(tmp_path, monkeypatch):
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.setattr(network, "addresses", lambda: {"eth0": "10.0.0.1", "ib0": "10.1.0.1"})
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda _: "10.0.0.1")
-    line = only(check_interface(site_of(tmp_path, num_nodes=2)))
+    site = site_of(tmp_path, num_nodes=2, root=tmp_path)
+    line = only(check_interface(site))
+    assert (line.status, "no default route" in line.seen) == ("fail", True)
+    routes = tmp_path / "proc" / "net" / "route"
+    routes.parent.mkdir(parents=True)
+    head = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT"
+    routes.write_text(f"{head}\neth0 00000000 0101A8C0 0003 0 0 100 00000000 0 0 0\n")
+    line = only(check_interface(site))
     assert line.status == "warn"
+    assert "the run takes eth0 10.0.0.1, of the default route" in line.seen
     assert "ib0 10.1.0.1" in line.seen
+    monkeypatch.setattr(network, "addresses", lambda: {"eth0": "10.0.0.1"})
+    assert only(check_interface(site)).status == "pass"
     assert only(check_interface(site_of(tmp_path))).status == "pass"
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda _: "127.0.1.1")
-    assert "resolves to 127.0.1.1" in only(check_interface(site_of(tmp_path, num_nodes=2))).seen
 
 
 def test_ports_are_read_as_the_kernel_writes_them(tmp_path):

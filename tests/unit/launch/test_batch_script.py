@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,42 @@ def test_a_cancelled_job_is_not_requeued(attempt):
     assert attempt(CANCELLED) == 143
     assert attempt.asked == []
     assert "not requeued: the job was cancelled" in attempt.log
+
+
+def test_a_job_that_is_preempted_after_it_saved_is_not_counted(attempt):
+    saved = "kill -TERM $PPID; echo '1 75 n1 saved' >n1; exit 75"
+    for restarts in range(5):
+        assert attempt(saved, restarts=restarts) == 75
+        assert attempt.asked == [], "Slurm itself starts it again"
+    assert attempt.log.count("attempt 1 from checkpoint none") == 5
+
+
+@pytest.mark.parametrize(
+    ("left_s", "code"), [(1100, 2), (1300, 0), (None, 0)], ids=["short", "enough", "no limit"]
+)
+def test_a_job_that_would_be_warned_at_its_start_is_refused(attempt, left_s, code):
+    moment = datetime.now() + timedelta(seconds=left_s or 0)
+    end = "Unknown" if left_s is None else moment.isoformat(timespec="seconds")
+    attempt.env = {"STATE": f"JobId=7 StartTime=2026-11-25T10:00:00 EndTime={end} Deadline=N/A"}
+    assert attempt("exit 0") == code
+    assert ("ask for more time (slurm.time_limit" in attempt.said) == (code == 2)
+    assert attempt.asked == []
+
+
+def test_a_second_job_of_a_run_leaves_the_first_alone(attempt):
+    assert attempt("echo '1 1 n1 x' >n1; exit 1") == 1
+    folder = attempt.run / "slurm"
+    job = (folder / "job.json").read_text().replace('"7"', '"6"')
+    (folder / "job.json").write_text(job)
+    attempt.env = {"STATE": "JobId=6 ArrayJobId=6 JobState=RUNNING Reason=None"}
+    attempt.asked.clear()
+    assert attempt("exit 0") == 2
+    assert "job 6 of the same run is running" in attempt.said
+    assert (folder / "job.json").read_text() == job
+    assert (folder / "exits" / "n1").exists()
+    assert attempt.asked == []
+    attempt.env = {"STATE": "JobId=6 JobState=COMPLETED Reason=None"}
+    assert attempt("exit 0") == 0
 
 
 def test_a_job_whose_time_is_over_is_requeued_and_counted(attempt):

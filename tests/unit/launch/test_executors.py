@@ -102,7 +102,7 @@ def test_the_slurm_options_are_all_there():
         *("--cpus-per-task=96", "--mem=0", "--time=1-00:00:00", "--account=acc"),
         *("--partition=gpu", "--qos=high", "--reservation=res", "--exclude=n1,n[3-4]"),
         *("--mail-user=me@example.org", "--mail-type=FAIL,REQUEUE,END", "--exclusive"),
-        *("--signal=USR1@300", "--requeue", "--open-mode=append", "--comment=a"),
+        *("--signal=USR1@1200", "--requeue", "--open-mode=append", "--comment=a"),
         *("--hint=nomultithread", "--overcommit"),
     }
 
@@ -122,6 +122,8 @@ def test_a_container_has_its_mounts_and_sees_the_run_folder():
     assert (job.run_dir, job.task_run_dir) == ("/shared/runs/quickstart", "/runs/quickstart")
     ours = sbatch_text(job, "", "f")
     theirs = executors.batch_script(job, CLUSTERS["pyxis"])
+    done = subprocess.run(["bash", "-c", ours, "-", "run.dir=/x"], capture_output=True, text=True)
+    assert (done.returncode, "set run_dir in the cluster file" in done.stderr) == (2, True)
     for word in (
         "--container-image=r#team/matpo:1",
         "--container-mounts=/shared/runs:/runs,/data:/data",
@@ -161,7 +163,7 @@ def test_secrets_are_names_only_and_the_interface_is_told_to_all():
     assert cluster_overrides(cluster) == (
         "cluster.interface=ib0",
         "run.save_on_stop=true",
-        "run.save_timeout_s=300",
+        "run.save_timeout_s=1200",
     )
 
 

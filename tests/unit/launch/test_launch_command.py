@@ -118,6 +118,46 @@ def test_what_this_machine_can_check_is_checked_before_the_queue(tmp_path):
         launch(LaunchRequest(QUICKSTART, EXAMPLE, overrides=["data.train=nowhere"]))
 
 
+def test_what_a_run_refuses_anywhere_is_refused_before_the_queue(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    recipe = "recipes/matpo-qwen3-14b-16n8g-a800.yaml"
+    overrides = ["rollout.num_servers=33"]
+    with pytest.raises(ConfigError) as error:
+        launch(LaunchRequest(recipe, EXAMPLE, overrides=overrides))
+    placed, weights = str(error.value).splitlines()
+    assert placed.startswith("rollout.num_servers=33: only 32 engines of rollout.tensor=2 GPUs fit")
+    assert weights.startswith("model.path=recipes/models/qwen3-14b: has no *.safetensors")
+    assert launch(LaunchRequest(recipe, EXAMPLE, dry_run=True, overrides=overrides)) == 0
+    refused = capsys.readouterr().err.splitlines()
+    assert [line for line in refused if line.startswith("warning: a run refuses")] == [
+        f"warning: a run refuses this recipe: {line}" for line in (placed, weights)
+    ]
+
+
+def test_a_key_that_no_job_would_have_is_a_warning(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    monkeypatch.chdir(ROOT)
+    recipe = "recipes/eval-qwen3-14b-2n8g-a800.yaml"
+
+    def warned(file: str) -> list[str]:
+        assert launch(LaunchRequest(recipe, file, model="m", dry_run=True)) == 0
+        lines = capsys.readouterr().err.splitlines()
+        return [
+            line.partition(":")[2].partition(": the job")[0] for line in lines if "_KEY" in line
+        ]
+
+    search = " tools.servers.search_and_scrape_webpage.env_from=SERPER_API_KEY"
+    assert warned(EXAMPLE) == [search]
+    assert warned(cluster(tmp_path, secret_env=["SERPER_API_KEY"], secret_file="~/keys")) == []
+    away = {
+        "bare": {"repository": "/shared/matpo"},
+        "ssh": {"host": "login", "user": "me", "job_dir": "/shared/jobs"},
+    }
+    judge = " reward.judge.api_key_env=OPENAI_API_KEY"
+    assert sorted(warned(cluster(tmp_path, **away))) == [judge, search]
+
+
 def test_an_evaluation_has_its_model(capsys):
     model = str(ROOT / "examples" / "smallworld" / "policy")
     request = LaunchRequest(QUICKSTART, EXAMPLE, "eval", model, overrides=["run.seed=2"])

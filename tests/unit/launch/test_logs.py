@@ -137,10 +137,11 @@ def test_by_node(run):
     places = tuple(EnginePlace(i, 1, "h", 1, 2, ()) for i in range(2))
     plan = Plan(("h", "h"), 1, (2, 0), 2, 3, places)
     (run / "plan.json").write_text(plan.to_json())
-    for name in ("trainer-0", "trainer-1", "engine-0", "manager"):
+    leaders = ["evaluation", "manager", "trainer", "trainer-0", "trainer-1"]
+    for name in (*leaders, "engine-0", "trainer-node-1"):
         write(run, name, name)
-    assert sorted(shown(run, node=0)) == ["manager", "trainer-0", "trainer-1"]
-    assert shown(run, node=1) == ["engine-0"]
+    assert sorted(shown(run, node=0)) == leaders
+    assert sorted(shown(run, node=1)) == ["engine-0", "trainer-node-1"]
     assert {line.source for line in RunLogs(run, "engine").merged()} == {"engine-0@1"}
 
 

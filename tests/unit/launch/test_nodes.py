@@ -6,12 +6,14 @@ import pytest
 
 from megatron_matpo.config.run import ClusterConfig
 from megatron_matpo.errors import ConfigError
+from megatron_matpo.launch import nodes
 from megatron_matpo.launch.nodes import (
     Node,
     address_of,
     check_nodes,
     default_interface,
     interface_of,
+    network_variables,
     this_node,
 )
 
@@ -74,6 +76,19 @@ def test_the_recipe_and_the_start_agree_on_the_number_of_nodes():
         check_nodes(Node(0, 1, "x", "n1"), ClusterConfig(num_nodes=2))
     with pytest.raises(ConfigError, match=r"cluster\.num_nodes=1: .* on 4 nodes"):
         check_nodes(Node(0, 4, "x", "n1"), ClusterConfig())
+
+
+def test_a_network_that_the_environment_names_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(nodes, "_ROUTES", tmp_path / "route")
+    (tmp_path / "route").write_text(ROUTES)
+    both = {"NCCL_SOCKET_IFNAME": "bond0", "GLOO_SOCKET_IFNAME": "bond0"}
+    environ = {"NCCL_SOCKET_IFNAME": "^docker0,lo"}
+    several = ClusterConfig(num_nodes=2)
+    assert network_variables(several, {}) == both
+    assert network_variables(several, environ) == {"GLOO_SOCKET_IFNAME": "bond0"}
+    assert network_variables(ClusterConfig(), environ) == {}
+    named = ClusterConfig(num_nodes=2, interface="ib0")
+    assert network_variables(named, environ) == dict.fromkeys(both, "ib0")
 
 
 def test_the_interface_gives_the_address():

@@ -73,6 +73,20 @@ def test_secrets_go_by_environment_to_those_who_need_them(config, tmp_path, monk
     assert token != roles_of(config, tmp_path)["manager"].env["MATPO_RUN_TOKEN"]
 
 
+def test_trainer_and_engines_agree_on_what_nccl_wants_alike(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    assert "NCCL_CUMEM_ENABLE" not in roles_of(config, tmp_path)["trainer"].env
+    on_gpus = replace(config, cluster=replace(config.cluster, gpus_per_node=4))
+
+    def found() -> list[str]:
+        roles = roles_of(on_gpus, tmp_path)
+        return [roles[name].env["NCCL_CUMEM_ENABLE"] for name in ("trainer", "engine-0")]
+
+    assert found() == ["0", "0"]
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    assert found() == ["1", "1"]
+
+
 def test_a_proxy_never_sees_the_runs_own_traffic(config, tmp_path, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "intranet")
     env = roles_of(config, tmp_path)["trainer"].env

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +13,17 @@ import pytest
 from megatron_matpo.errors import ConfigError, MatpoError
 from megatron_matpo.launch import slurm_task
 from megatron_matpo.launch.slurm_state import queued_job, slurm_lines
+from megatron_matpo.launch.stopping import SIGNALS
 from megatron_matpo.obs.failure import record_failure
 
 
 @pytest.fixture(autouse=True)
-def node(monkeypatch) -> None:
+def node(monkeypatch) -> Iterator[None]:
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def ending(run: Path, monkeypatch, body, *options: str) -> tuple[int, list[str]]:
@@ -68,6 +76,20 @@ def test_errors_before_the_run_are_reasons_too(tmp_path, monkeypatch, capsys, er
     assert (found, words[0]) == (code, str(code))
     assert str(error) in words[2]
     assert str(error) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_stop_before_the_run_has_begun_is_no_failure(tmp_path, monkeypatch, number):
+    def run(*words) -> int:
+        try:
+            os.kill(os.getpid(), number)  # as while the nodes meet
+        except Exception as error:
+            raise AssertionError("handlers of errors must not see it") from error
+        raise AssertionError("was stopped")
+
+    code, words = ending(tmp_path, monkeypatch, run)
+    assert code == 75
+    assert words[2] == f"{number.name}: stopped before the run had begun\n"
 
 
 class Doctor:

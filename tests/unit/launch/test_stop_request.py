@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from megatron_matpo.obs.status import PhaseWriter
 from tests.helpers.supervised import FakeRun
 
 TRAINER = "trainer ready saves=0.3"
@@ -43,7 +44,7 @@ def test_a_trainer_that_does_not_save_in_time_is_stopped(tmp_path):
     run.wait_for_log("trainer", "hello")
     run.process.send_signal(signal.SIGUSR1)
     code, output = run.wait()
-    assert code == 75, output
+    assert code == 1, output
     assert "did not end inside run.save_timeout_s=1; the last checkpoint stands" in output
     run.assert_nothing_left(within_s=0)
 
@@ -51,6 +52,25 @@ def test_a_trainer_that_does_not_save_in_time_is_stopped(tmp_path):
 def test_what_has_nothing_to_save_stops_at_once(tmp_path):
     run = FakeRun(tmp_path, "engine-0 ready", "trainer ready")
     run.wait_for_log("trainer", "hello")
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.wait()
+    assert code == 75, output
+    assert "SIGUSR1: stopping everything" in output
+
+
+def test_a_run_that_is_still_starting_stops_at_once(tmp_path):
+    run = FakeRun(tmp_path, "engine-0", "trainer ready", SAVE_TIMEOUT_S="20")
+    run.wait_for_log("trainer", "hello")
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.wait()
+    assert code == 75, output
+    assert "SIGUSR1: stopping everything" in output
+
+
+def test_a_trainer_that_waits_for_engines_has_nothing_to_save(tmp_path):
+    run = FakeRun(tmp_path, "trainer ready", SAVE_TIMEOUT_S="20")
+    run.wait_for_log("trainer", "hello")
+    PhaseWriter(tmp_path, "trainer", 0).set("connect")
     run.process.send_signal(signal.SIGUSR1)
     code, output = run.wait()
     assert code == 75, output

@@ -12,8 +12,10 @@ import pytest
 
 from megatron_matpo.config.plan import Offer
 from megatron_matpo.errors import ConfigError, DeadlineError, MatpoError
+from megatron_matpo.launch import meeting as meeting_module
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.nodes import Node
+from megatron_matpo.launch.origin import Death
 from megatron_matpo.launch.run_secrets import RunSecrets
 from tests.helpers.supervised import FakeRun
 
@@ -129,6 +131,31 @@ def test_nodes_meet_and_the_secrets_are_nobody_elses(tmp_path):
     assert not any(own.run_token in path.read_text() for path in tmp_path.glob("nodes/one/*"))
 
 
+def test_a_hundred_and_twenty_eight_nodes_meet_and_a_word_of_one_reaches_all(tmp_path):
+    leader, *others = meetings(tmp_path, 128)
+    secrets: list[RunSecrets | None] = []
+
+    def come(meeting: Meeting) -> None:
+        index = meeting.node.index
+        meeting.offer(Offer(f"10.0.0.{index}", tuple(range(8 * index, 8 * index + 8))))
+        secrets.append(meeting.wait_for_start(60))
+
+    threads = [threading.Thread(target=come, args=(meeting,)) for meeting in reversed(others)]
+    for thread in threads:
+        thread.start()
+    offers = leader.gather(Offer("10.0.0.0", ()), timeout_s=60)
+    assert [offer.host for offer in offers] == [f"10.0.0.{index}" for index in range(128)]
+    own = RunSecrets()
+    leader.begin(own)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert secrets == [own] * 127
+    others[-1].report_death(Death("engine-255", 1, 0.0))
+    assert [death.name for death in leader.deaths()] == ["engine-255"]
+    leader.leave(1, "engine-255 ended")
+    assert {meeting.over() for meeting in others} == {1}
+
+
 def test_the_leader_names_who_did_not_come(tmp_path):
     leader, *_ = meetings(tmp_path, 4)
     meetings(tmp_path, 4)[2].offer(Offer("10.0.0.3", ()))
@@ -162,12 +189,29 @@ def test_an_earlier_start_is_forgotten(tmp_path):
     old.leave(1, "failed")
     new = Meeting(tmp_path, Node(0, 2, "new", "a"), node_timeout_s=60)
     assert new.gone() is None and new.over() is None
+    assert old.over() == 1, "it may still be running: the folder's lock says which one may stay"
+    new.forget_earlier()
     assert [path.name for path in (tmp_path / "nodes").iterdir()] == ["new"]
+
+
+def test_a_folder_that_cannot_be_written_hides_no_failure(tmp_path, monkeypatch):
+    leader, other = meetings(tmp_path, 2)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(meeting_module, "write_atomic", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    leader.report_death(Death("engine-0", 1, 0.0))
+    assert leader.silent() is None
+    leader.leave(1, "engine-0 ended")
+    assert other.gone() is None
 
 
 def test_one_node_writes_nothing(tmp_path):
     lone = Meeting(tmp_path, Node(0, 1, "local", "here"), node_timeout_s=60)
     assert lone.gather(Offer("127.0.0.1", (1,)), timeout_s=1) == [Offer("127.0.0.1", (1,))]
+    lone.forget_earlier()
     lone.begin(RunSecrets())
     lone.leave(1, "why")
     assert lone.silent() is None and lone.deaths() == []

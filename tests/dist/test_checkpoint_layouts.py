@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from megatron_matpo.config.train import ParallelConfig
+from tests.helpers.checkpoint_ranks import train_and_save
 from tests.helpers.dist import RankPool
 from tests.helpers.hf_models import random_config, write_model
-from tests.helpers.checkpoint_ranks import train_and_save
 from tests.helpers.tiny import make_batch, tiny_config
 
 pytestmark = pytest.mark.dist

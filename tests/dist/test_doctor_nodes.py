@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_matpo.launch.nodes import Node
 from megatron_matpo.doctor.groups import Outcome, expectation, report
 from megatron_matpo.doctor.lines import Line
 from megatron_matpo.doctor.meeting import Host, PeerLostError, join
 from megatron_matpo.doctor.nodes import lead
+from megatron_matpo.launch.nodes import Node
 from tests.helpers.doctor_site import fake_infiniband, site_of
 
 ROOT = Path(__file__).parents[2]

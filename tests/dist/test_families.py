@@ -1,4 +1,4 @@
-"""Every family, in every layout, computes what transformers computes, and trains to the same weights.
+"""Every family, in every layout, computes what transformers does, and trains to the same weights.
 
 Proved here, on gloo and in float32, for seeded random configurations (fewer key/value heads than
 tensor-parallel ranks, tied and untied embeddings, a vocabulary that has to be padded, biases, Llama
@@ -58,8 +58,8 @@ EXPERTS = {
     ),
     "tp4 pp2 ep4": ParallelConfig(tensor=4, pipeline=2, expert=4, sequence=True),
 }
-# Tied embeddings with experts, which seed 0 does not draw: the embedding's gradients are summed over
-# two stages while each replica holds a part of them.
+# Tied embeddings with experts, which seed 0 does not draw: the embedding's gradients are summed
+# over two stages while each replica holds a part of them.
 TIED_EXPERTS = pytest.param(
     "qwen3_moe", 3, EXPERTS["pp2 dp2 ep2"], id="qwen3_moe-3-tied-pp2-dp2-ep2"
 )

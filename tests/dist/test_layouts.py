@@ -54,7 +54,9 @@ def stories(
 ) -> dict[tuple[int, ...], list[dict[str, Any]]]:
     result = {}
     for layout in LAYOUTS:
-        config = tiny_config(model_folder, **dict(zip(("tp", "pp", "cp", "dp"), layout, strict=True)))
+        config = tiny_config(
+            model_folder, **dict(zip(("tp", "pp", "cp", "dp"), layout, strict=True))
+        )
         saved = tmp_path_factory.mktemp("saved") / "hf"
         result[layout] = ranks.run(whole_story, math.prod(layout), config, BATCHES, saved)
     return result

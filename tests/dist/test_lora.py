@@ -1,12 +1,12 @@
 """Adapters compute, differentiate, train and export what PEFT's do, in every layout.
 
-Proved on gloo and in float32, with transformers and PEFT as oracle: log-probs and gradients of every
-A and B with random non-zero adapters, with and without recompute; the same initial adapter, gradient
-norms, and adapters after three updates in all layouts; merged weights; the exported folders as PEFT
-and transformers load them; the base as reference model and bit for bit unchanged; memory for
-gradients and moments of the adapters only. Layouts are tensor (with whole sequences and with parts
-of them), pipeline (with chunks) and data parallelism. Not proved: bf16, and Transformer Engine's fused
-norms.
+Proved on gloo and in float32, with transformers and PEFT as oracle: log-probs and gradients of
+every A and B with random non-zero adapters, with and without recompute; the same initial adapter,
+gradient norms, and adapters after three updates in all layouts; merged weights; the exported
+folders as PEFT and transformers load them; the base as reference model and bit for bit unchanged;
+memory for gradients and moments of the adapters only. Layouts are tensor (with whole sequences and
+with parts of them), pipeline (with chunks) and data parallelism. Not proved: bf16, and Transformer
+Engine's fused norms.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM
 from megatron_matpo.config import Config
 from megatron_matpo.config.lora import TARGETS, LoraConfig
 from megatron_matpo.config.train import ParallelConfig
+from tests.helpers.checkpoint_ranks import restore_error, train_and_save
 from tests.helpers.dist import RankPool
 from tests.helpers.lora_ranks import learning_curve, lora_story
-from tests.helpers.checkpoint_ranks import restore_error, train_and_save
 from tests.helpers.tiny import (
     make_batch,
     make_tiny_model,
@@ -80,8 +80,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     generator = torch.Generator().manual_seed(1)
     shapes = peft.get_peft_model_state_dict(peft_model(folder, lora))
     full = {
-        name: torch.randn(value.shape, generator=generator) * 0.15
-        for name, value in shapes.items()
+        name: torch.randn(value.shape, generator=generator) * 0.15 for name, value in shapes.items()
     }
     return lora, folder, full, LAYOUTS[request.param]
 

@@ -62,7 +62,9 @@ def test_skipped_until_too_many_in_a_row(ranks: RankPool, model_folder, tmp_path
         **layout,
     )
     config = with_algo(config, tis="truncate", tis_cap=1.5)
-    answers = ranks.run(refused, 2, config, [BAD, GOOD, BAD, BAD, BAD, GOOD], tmp_path, timeout_s=240)
+    answers = ranks.run(
+        refused, 2, config, [BAD, GOOD, BAD, BAD, BAD, GOOD], tmp_path, timeout_s=240
+    )
     for steps in answers:
         assert [step.get("made") for step in steps] == [0, 1, 0, 0, None]
         counts = [step["metrics"]["optim/skipped_updates"] for step in steps[:4]]
@@ -71,7 +73,10 @@ def test_skipped_until_too_many_in_a_row(ranks: RankPool, model_folder, tmp_path
         assert math.isfinite(steps[1]["metrics"]["loss/policy"])
         error = steps[4]["error"]
         assert error.startswith("step 5, update 0: loss nan at update 4; nothing was changed; ")
-        assert f"not finite in trajectory {CULPRIT} (gradient, old_logprobs, rollout_logprobs); " in error
+        assert (
+            f"not finite in trajectory {CULPRIT} (gradient, old_logprobs, rollout_logprobs); "
+            in error
+        )
         assert "train.max_skipped_updates=2 updates before it were skipped in a row" in error
     weights = [step["weights"] for step in answers[0]]
     assert not equal(weights[0], weights[1])

@@ -28,8 +28,9 @@ pytestmark = pytest.mark.dist
 
 WITH_WORKERS = for_tiny_model(make_episodes(3, num_groups=2))
 ALONE = for_tiny_model(make_episodes(4, num_groups=2, max_workers=0))
-# What is computed, apart from how it is cut: batch and changes of `algo`. Terms of both signs do not
-# cancel to less than 0.1 (advantages are about 1), so that a relative bound is one on arithmetic.
+# What is computed, apart from how it is cut: batch and changes of `algo`. Terms of both signs do
+# not cancel to less than 0.1 (advantages are about 1), so that a relative bound is one on
+# arithmetic.
 PROBLEMS: list[tuple[RolloutBatch, dict[str, object]]] = [
     (WITH_WORKERS, {"old_logprobs": "engine", "clip_low": 0.1, "clip_high": 0.3}),
     (WITH_WORKERS, {"tis": "truncate", "tis_cap": 1.2, "aggregation": "trajectory"}),
@@ -38,9 +39,7 @@ PROBLEMS: list[tuple[RolloutBatch, dict[str, object]]] = [
 BUDGETS = (40, 90, 100_000)
 SIZES = (1, 2, 4, 8)
 LAYOUTS = [
-    (tp, pp, dp)
-    for tp, pp, dp in itertools.product(SIZES, SIZES, range(1, 9))
-    if tp * pp * dp <= 8
+    (tp, pp, dp) for tp, pp, dp in itertools.product(SIZES, SIZES, range(1, 9)) if tp * pp * dp <= 8
 ]
 
 
@@ -107,9 +106,7 @@ def test_an_update_is_the_oracles(ranks: RankPool, model_folder, expected, layou
     assert num_batches[0] > num_batches[2], "the budgets cut differently"
 
 
-@pytest.mark.parametrize(
-    "layout", [(4, 1, 1), (1, 4, 1), (1, 1, 3)], ids=["tp4", "pp4", "dp3"]
-)
+@pytest.mark.parametrize("layout", [(4, 1, 1), (1, 4, 1), (1, 1, 3)], ids=["tp4", "pp4", "dp3"])
 def test_an_update_of_one_dimension_is_the_oracles(ranks: RankPool, model_folder, expected, layout):
     check(ranks, model_folder, layout, expected, BUDGETS[1:2])
 

@@ -1,8 +1,9 @@
 """Gradients are plain sums; bad numbers stop an update; log-probs over a split vocabulary.
 
 Proved: which samples share a micro-batch, and over how many replicas they are spread, does not
-matter: losses and gradients are those of transformers for each sample alone; losses, gradient norms and metrics of whole learner steps, with every term of the loss and
-every aggregation, are the same in every layout; nothing moves when a loss or gradient is not
+matter: losses and gradients are those of transformers for each sample alone; losses, gradient
+norms and metrics of whole learner steps, with every term of the loss and every aggregation, are the
+same in every layout; nothing moves when a loss or gradient is not
 finite; sharded log-probs, entropies and gradients are those of the float64 formula, whatever the
 chunk size and the padding.
 """
@@ -72,7 +73,9 @@ PACKINGS = {
     ],
     ids=str,
 )
-def test_neither_packing_nor_layout_matters(ranks, model_folder, from_transformers, packing, layout):
+def test_neither_packing_nor_layout_matters(
+    ranks, model_folder, from_transformers, packing, layout
+):
     """Loss and gradients are those of transformers, each sample alone.
 
     With three micro-batches one of two replicas is evened out with an empty one; with tensor

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,40 @@ def test_the_warning_before_the_time_limit_reaches_the_run_only(site):
     assert (state, restarts) == ("COMPLETED", 1), log
 
 
+def test_a_stop_while_the_preflight_runs_is_no_failure(site, conversations):
+    file = Path(site.cluster())
+    file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "preflight": True}))
+    script = str(site.folder / "job.sbatch")
+    overrides = [f"sft.data={conversations}", "sft.steps=2", "sft.batch_size=4"]
+    arguments = [QUICKSTART, "--cluster", str(file), "--command", "sft", "--write", script]
+    site.matpo(*arguments, "parallel.tensor=1", *overrides)
+    env = {"SERPER_API_KEY": SECRET, "PYTHONPATH": str(ROOT)}
+    job = site.slurm.sbatch(script, cwd=site.folder, env=env)
+    _wait_for_text(site, job, "attempt 1 from checkpoint none")
+    time.sleep(2)  # the interpreter has started, the doctor has not ended
+    site.slurm.run("scancel", "--signal=USR1", job)
+    state, restarts, log = site.finish(job, timeout_s=180)
+    assert (state, restarts) == ("COMPLETED", 1), log
+    assert "SIGUSR1: stopped before the run had begun" in log
+    assert log.count("attempt 1 from checkpoint none") == 2, "it was not counted"
+    assert len(read_metrics(site.run)) == 2
+
+
+def test_a_second_job_of_a_run_leaves_the_first_alone(site):
+    first = site.submit("wait save:1 exit:0")
+    _wait_for_text(site, first, "stand-in: train")
+    second = site.slurm.sbatch(
+        str(site.folder / "job.sbatch"), cwd=site.folder, env={"SERPER_API_KEY": SECRET}
+    )
+    assert site.slurm.wait(second, timeout_s=60) == "FAILED"
+    (said,) = site.folder.glob(f"*-{second}.out")
+    assert f"job {first} of the same run is running" in said.read_text()
+    assert site.slurm.job(first)["JobState"] == "RUNNING"
+    site.slurm.run("scancel", "--signal=TERM", first)
+    state, restarts, log = site.finish(first)
+    assert (state, restarts) == ("COMPLETED", 0), log
+
+
 def test_a_cancelled_job_stays_cancelled(site):
     job = site.submit("wait save:1 exit:75")
     site.slurm.wait_for(job, {"RUNNING"}, timeout_s=60)
@@ -228,8 +263,6 @@ def test_a_job_whose_node_dies_goes_on_elsewhere(site):
 
 
 def _wait_for_text(site: Site, job: str, text: str) -> None:
-    import time
-
     end = time.monotonic() + 60
     while text not in site.log(job):
         assert time.monotonic() < end, site.log(job)

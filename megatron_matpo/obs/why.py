@@ -170,6 +170,8 @@ def _shown(episode: Episode) -> str:
         parts.append(f"{len(episode.workers)} workers")
     if episode.num_retries:
         parts.append(f"{episode.num_retries} retries")
+    if episode.failure:
+        parts.append(f"left out: {episode.failure.partition(':')[0]}")
     seconds = _tool_seconds([episode])
     if seconds:
         tool = max(seconds, key=lambda name: seconds[name][0])
@@ -253,7 +255,7 @@ def _handover(facts: StepFacts) -> Cause | None:
     """Between manager and trainer: the batch is encoded, sent and read."""
     collect_s, rollout_s = facts.seconds("collect"), facts.seconds("rollout")
     seconds = rollout_s - collect_s
-    if seconds <= 0:
+    if seconds <= 0 or collect_s <= 0:
         return None
     return Cause(seconds, f"{seconds:.0f} s to hand the batch over, after {collect_s:.0f} s of it")
 

@@ -93,6 +93,12 @@ def test_a_tail_tells_workers_and_retries() -> None:
     assert "longest: group 0 episode 7, 13 turns, 2 workers, 2 retries)" in line
 
 
+def test_a_tail_tells_that_its_episode_failed_without_quoting_the_error() -> None:
+    slow = episode(7, 100.0, failure="deadline: sk-secret was refused")
+    line = explain(StepFacts(times(100.0), groups(*evenly(7, 20.0), slow)))
+    assert line.endswith("(longest: group 0 episode 7, 2 turns, left out: deadline)")
+
+
 def test_a_few_episodes_have_no_tail() -> None:
     assert explain(StepFacts(times(100.0), groups(episode(0, 10.0), episode(1, 100.0)))) == ""
 

@@ -1,6 +1,7 @@
 """How much does the rollout manager add to what engines and tools take by themselves?
 
-Run `.venv/bin/python benchmarks/rollout_manager.py [--json] [--episodes 1024] [--seed 0]`.
+Run `.venv/bin/python benchmarks/rollout_manager.py [--json] [--episodes 1024] [--seed 0]
+[--trace]`.
 
 The real manager, driver, engine client and MCP tool pool run in one process on one core. Two more
 processes share another core: an engine that speaks SGLang's HTTP and takes as long as a schedule
@@ -88,6 +89,8 @@ class Job:
     shape: dict[str, Any]
     """Fields of `rollout_schedule.Shape`."""
     is_reference: bool = False
+    is_traced: bool = False
+    """Record spans, as a run does with `obs.trace_every=1`."""
     port: int = 0
     """Of the engine."""
 
@@ -156,7 +159,7 @@ def make_config(job: Job) -> Config:
                 role="worker", tools=[schedule.SERVER], max_invalid_calls=100
             ),
         },
-        obs=ObsConfig(record_rollouts=False),
+        obs=ObsConfig(record_rollouts=False, trace_every=int(job.is_traced)),
     )
 
 
@@ -280,6 +283,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=1024)
     parser.add_argument("--side-by-side", type=int, default=32, help="episodes of both behaviours")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trace", action="store_true", help="record spans in the first column")
     parser.add_argument("--json", action="store_true", help="the last line is one object")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -293,7 +297,7 @@ def main() -> None:
         write_model_folder(Path(folder))
         job = Job(folder, cores[0], cores[-1], arguments.episodes, asdict(shape))
         small = replace(job, num_episodes=arguments.side_by_side, shape=asdict(short))
-        whole = run_job(job)
+        whole = run_job(replace(job, is_traced=arguments.trace))
         ours, reference = run_job(small), run_job(replace(small, is_reference=True))
     _print_table({"manager": whole, "side by side": ours, "as the original": reference})
     speedup = reference["makespan_s"] / ours["makespan_s"]

@@ -81,6 +81,10 @@ def _dispatch(options: argparse.Namespace) -> int:
             from megatron_matpo.launch.inspect import report
 
             print(report(options.run_dir))
+        case "trace":
+            from megatron_matpo.launch.inspect import trace
+
+            print(f"{trace(options.run_dir, options.step)}  (open it at https://ui.perfetto.dev)")
         case _:
             from megatron_matpo.launch.inspect import status_text
 

@@ -54,6 +54,11 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(name, help=text)
         command.add_argument("run_dir", help="folder of the run, as in runs/default")
+    command = commands.add_parser("trace", help="write a step's timeline for ui.perfetto.dev")
+    command.add_argument("run_dir", help="folder of the run, as in runs/default")
+    command.add_argument(
+        "--step", type=int, metavar="N", help="default: the newest that was recorded"
+    )
     add_data_command(commands)
     return parser
 

@@ -211,7 +211,12 @@ class Episode:
     failure: str = ""
     """Why `reward` is None."""
     num_retries: int = 0
+    start_s: float = 0.0
+    """When it got its place, since the collection began."""
     duration_s: float = 0.0
+    """From then until it had ended, retries included."""
+    score_s: float = 0.0
+    """From its end until it had a reward, or it was certain that it would have none."""
 
     @property
     def trajectories(self) -> tuple[Trajectory, ...]:

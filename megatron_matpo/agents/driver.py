@@ -41,6 +41,7 @@ from megatron_matpo.agents.sampling import Sampler
 from megatron_matpo.agents.tools import ToolBox, cut_mark
 from megatron_matpo.data.chat import Chat
 from megatron_matpo.errors import EngineError, ToolError
+from megatron_matpo.obs.spans import Track, note, span
 from megatron_matpo.types import CallRecord, Role, Status, Trajectory
 
 # Tokens that an engine keeps free behind the last sampled one.
@@ -210,7 +211,9 @@ class _Episode:
     async def _sample(self, conversation: Conversation, max_tokens: int) -> tuple[str, bool]:
         """Sample one turn: its text, and whether it was cut by length."""
         lineage_id = conversation.lineage.id
-        sampled = await self._sampler.sample(conversation.ids, max_tokens, lineage_id)
+        with span(f"turn {conversation.num_model_turns + 1}", context=len(conversation.ids)):
+            sampled = await self._sampler.sample(conversation.ids, max_tokens, lineage_id)
+            note(tokens=len(sampled.token_ids), finish=sampled.finish_reason)
         text = conversation.append_sampled(sampled)
         return text, sampled.finish_reason == "length"
 
@@ -226,8 +229,8 @@ class _Episode:
             for call in calls
         ]
         jobs = [
-            self._run_call(conversation, call, worker, first_record + index)
-            for index, (call, worker) in enumerate(zip(calls, workers, strict=True))
+            self._run_call(conversation, call, worker, first_record, place)
+            for place, (call, worker) in enumerate(zip(calls, workers, strict=True))
         ]
         return await _gather(jobs)
 
@@ -250,24 +253,41 @@ class _Episode:
         return worker
 
     async def _run_call(
-        self, conversation: Conversation, call: ParsedCall, worker: Conversation | None, index: int
+        self,
+        conversation: Conversation,
+        call: ParsedCall,
+        worker: Conversation | None,
+        first_record: int,
+        place: int,
     ) -> str:
-        """The reply to one call; notes worker and duration in the call's record."""
+        """The reply to the `place`-th call of a turn; completes the call's record."""
         if call.outcome is not CallOutcome.OK:
             return prompts.correction(call, self._grammar)
-        start = time.monotonic()
         if worker is None:
-            answer = await self._tools.call(call.server, call.tool, call.arguments)
+            # Both names are from the agent's list of tools, or the call would not be OK.
+            track = self._track(conversation, f"call {place + 1}" if place else "")
+            with span(call.tool, track, server=call.server) as timed:
+                answer = await self._tools.call(call.server, call.tool, call.arguments)
+                note(is_error=answer.is_error)
             reply = answer.text
         else:
-            await self._run_agent(worker)
-            reply = self._report(worker)
+            with span(worker.agent.name, self._track(worker)) as timed:
+                await self._run_agent(worker)
+                note(status=str(worker.status), turns=worker.num_model_turns)
+                reply = self._report(worker)
+        index = first_record + place
         conversation.calls[index] = replace(
             conversation.calls[index],
             worker_id=worker.lineage.id if worker else "",
-            duration_s=time.monotonic() - start,
+            duration_s=timed.seconds,
         )
         return reply
+
+    def _track(self, conversation: Conversation, part: str = "") -> Track:
+        """Where spans of an agent are shown, or of what it does at the same time (`part`)."""
+        is_planner = conversation.agent.role is Role.PLANNER
+        own = "" if is_planner else conversation.lineage.id.removeprefix(f"{self._id}.")
+        return self._id, f"{own} {part}".strip()
 
     def _report(self, worker: Conversation) -> str:
         """What the planner reads: the worker's last message, without thoughts and calls."""

@@ -95,6 +95,9 @@ class ObsConfig:
     """Write `rollouts/step_N.jsonl` (for people) and `rollouts/step_N.rollout` (for replay)."""
     report_every: int = 10
     """Steps between rewrites of `report.html`; it is also written when the run ends."""
+    trace_every: int = 10
+    """Record the spans of the first step and of each Nth (`RUN/trace`, docs/tracing.md); 1: all
+    steps, 0: none."""
     wandb_mode: str = "auto"
     """`auto | online | offline | disabled`; auto is online with WANDB_API_KEY, else offline."""
     wandb_project: str = "megatron_matpo"

@@ -103,6 +103,7 @@ _AT_LEAST: dict[str, float] = {
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every": 0,
     "obs.report_every": 0,
+    "obs.trace_every": 0,
     "sft.steps": 1,
     "sft.batch_size": 1,
     "doctor.min_disk_mb_s": 0,

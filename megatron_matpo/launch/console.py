@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from megatron_matpo.obs.metrics_log import FILE_NAME
-from megatron_matpo.obs.progress import eta_s, format_duration, format_progress
+from megatron_matpo.obs.metrics_log import FILE_NAME, WHY
+from megatron_matpo.obs.progress import eta_s, format_duration, format_progress, format_why
 from megatron_matpo.obs.status import read_status
 
 _SPINNER = "|/-\\"
@@ -86,6 +86,8 @@ class ProgressView:
             self._step_times_s.append(float(seconds))
         eta = eta_s(step, self._num_steps, self._step_times_s) if self._step_times_s else None
         self._console.line(format_progress(step, self._num_steps, metrics, eta))
+        if why := metrics.get(WHY):
+            self._console.line(format_why(str(why)))
 
     def _show_phase(self) -> None:
         self._ticks += 1

@@ -1,4 +1,4 @@
-"""`matpo status` and `matpo report`: a run seen from outside."""
+"""`matpo status`, `matpo report` and `matpo trace`: a run seen from outside."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.run_folder import CONFIG_FILE, is_in_use, previous_command
 from megatron_matpo.launch.slurm_state import has_job, slurm_lines
 from megatron_matpo.obs.failure import first_failure
-from megatron_matpo.obs.metrics_log import read_metrics
-from megatron_matpo.obs.progress import format_duration, format_progress
+from megatron_matpo.obs.metrics_log import read_metrics, read_why
+from megatron_matpo.obs.progress import format_duration, format_progress, format_why
 from megatron_matpo.obs.status import read_status
 
 
@@ -24,6 +24,17 @@ def report(run_dir: str) -> Path:
     from megatron_matpo.obs.report import build_report
 
     return Path(build_report(folder))
+
+
+def trace(run_dir: str, step: int | None) -> Path:
+    """Write the trace of a step (None: the newest that has one) and return its path.
+
+    Raises:
+        ConfigError: `run_dir` is not a run folder, or there are no spans of that step.
+    """
+    from megatron_matpo.obs.trace_export import export_trace
+
+    return export_trace(_run_folder(run_dir), step)
 
 
 def status_text(run_dir: str) -> str:
@@ -50,7 +61,10 @@ def status_text(run_dir: str) -> str:
         is_sft = previous_command(folder) == "sft"
         num_steps = config.sft.steps if is_sft else config.run.steps
         last = metrics[-1]
-        lines.append("  " + format_progress(int(last["step"] or 0), num_steps, last))
+        step = int(last["step"] or 0)
+        lines.append("  " + format_progress(step, num_steps, last))
+        if why := read_why(folder).get(step):
+            lines.append("  " + format_why(why))
     failure = first_failure(folder)
     if failure is not None:
         where = f"{failure.role}-{failure.rank}, phase {failure.phase}"

@@ -31,6 +31,7 @@ from megatron_matpo.mcp_tools.connection import Connection, ConnectionLostError
 from megatron_matpo.mcp_tools.launch import plan_launch
 from megatron_matpo.mcp_tools.process import ServerProcess
 from megatron_matpo.mcp_tools.remote import HttpLink, plan_remote
+from megatron_matpo.obs.spans import note, place
 
 _SHOWN_ERROR_CHARS = 500
 
@@ -101,7 +102,7 @@ class _Server:
                 open.
         """
         self._check_breaker()  # also before the gate, where failing calls may hold all places
-        async with self._gate:
+        async with place(self._gate, "wait for a place at the server"):
             self._check_breaker()
             self.breaker.try_begin()
             try:
@@ -134,6 +135,7 @@ class _Server:
             async with asyncio.timeout(config.call_timeout_s):
                 for attempt in range(config.max_attempts):
                     if attempt > 0:
+                        note(attempts=attempt + 1)
                         await asyncio.sleep(self._pause_s(attempt))
                     connection = await self._ready()
                     try:

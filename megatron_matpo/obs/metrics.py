@@ -219,6 +219,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "time/collect_s", "s", "wall clock", "The manager's work on the step; may overlap training."
     ),
     MetricSpec(
+        "time/refill_s",
+        "s",
+        "wall clock",
+        "Rounds of dynamic sampling after the first, part of `time/collect_s`.",
+    ),
+    MetricSpec(
         "memory/peak_gib",
         "GiB",
         "rank 0, since the step before",
@@ -363,7 +369,8 @@ def render_docs() -> str:
         "`python -m megatron_matpo.obs.metrics > docs/metrics.md`; do not edit.\n\n"
         "Each training step appends one JSON object to `RUN/metrics.jsonl`; the same names go to\n"
         "W&B. Names in bold are in every line. A `*` stands for any further name. A NaN or\n"
-        "infinite value is written as `null`.\n\n"
+        "infinite value is written as `null`. A step of which something stands out also has the\n"
+        "text `why`, the line that is printed below its progress ([tracing](tracing.md)).\n\n"
         "| name | unit | reduction | meaning |\n|---|---|---|---|\n"
     )
     rows = (

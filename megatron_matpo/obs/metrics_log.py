@@ -12,6 +12,8 @@ from megatron_matpo.obs.files import write_atomic
 from megatron_matpo.obs.metrics import check
 
 FILE_NAME = "metrics.jsonl"
+WHY = "why"
+"""The one field that is a text: see `obs.why`."""
 
 
 class MetricsWriter:
@@ -24,8 +26,10 @@ class MetricsWriter:
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             self._rewrite(_read_lines(self.path))
 
-    def write(self, step: int, values: Mapping[str, float], *, partial: bool = False) -> None:
-        """Append one line with `step` and `values`; on return it is on disk.
+    def write(
+        self, step: int, values: Mapping[str, float], *, partial: bool = False, why: str = ""
+    ) -> None:
+        """Append one line with `step`, `values` and `why` if there is one; it is then on disk.
 
         A NaN or infinite value is written as null: JSON has no such numbers. `partial` is for lines
         that are not a training step (an evaluation before the first one).
@@ -34,11 +38,14 @@ class MetricsWriter:
             ValueError: unknown name, not a number, or a required name is missing.
         """
         check(values, partial=partial)
-        line = {"step": step} | {
+        line: dict[str, float | str | None] = {"step": step}
+        line |= {
             name: value if math.isfinite(value) else None
             for name, value in values.items()
             if name != "step"
         }
+        if why:
+            line[WHY] = why
         data = (json.dumps(line, allow_nan=False) + "\n").encode()
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
@@ -55,7 +62,7 @@ class MetricsWriter:
         """Drop lines with a larger step (a resumed run writes them again)."""
         if self.path.exists():
             lines = _read_lines(self.path)
-            kept = [line for line in lines if (line["step"] or 0) <= step]
+            kept = [line for line in lines if float(line["step"] or 0) <= step]
             if len(kept) < len(lines):
                 self._rewrite(kept)
 
@@ -64,13 +71,23 @@ class MetricsWriter:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float | None]]:
-    """All complete lines of a run, in order; empty if there are none."""
+    """The numbers of all complete lines of a run, in order; empty if there are none."""
     path = Path(run_dir) / FILE_NAME
-    return _read_lines(path) if path.exists() else []
+    return [
+        {name: value for name, value in line.items() if not isinstance(value, str)}
+        for line in (_read_lines(path) if path.exists() else [])
+    ]
 
 
-def _read_lines(path: Path) -> list[dict[str, float | None]]:
-    lines: list[dict[str, float | None]] = []
+def read_why(run_dir: str | Path) -> dict[int, str]:
+    """Step -> why it was slow, of the steps of which something was said."""
+    path = Path(run_dir) / FILE_NAME
+    lines = _read_lines(path) if path.exists() else []
+    return {int(line["step"] or 0): str(line[WHY]) for line in lines if line.get(WHY)}
+
+
+def _read_lines(path: Path) -> list[dict[str, float | str | None]]:
+    lines: list[dict[str, float | str | None]] = []
     for raw in path.read_bytes().split(b"\n"):
         try:
             value = json.loads(raw) if raw.strip() else None

@@ -67,6 +67,11 @@ def format_progress(
     return " | ".join(parts)
 
 
+def format_why(why: str) -> str:
+    """The line below a step's progress that says why it was slow (`obs.why`)."""
+    return f"  slow: {why}"
+
+
 def _short(value: float) -> str:
     """`3e-7`, without the zero that `format` puts into small exponents; `0.012` from 1e-3 up."""
     if value == 0.0 or value >= 1e-3:

@@ -30,6 +30,7 @@ import aiohttp
 from megatron_matpo.cache import ReplyCache
 from megatron_matpo.config.reward import JudgeConfig
 from megatron_matpo.errors import JudgeError, JudgeRefusedError, ToolError
+from megatron_matpo.obs.spans import place, span
 from megatron_matpo.rewards.verdict import (
     PROMPT_VERSION,
     Verdict,
@@ -169,7 +170,7 @@ class Judge:
                 pause = config.backoff_s * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 await asyncio.sleep(pause)
             try:
-                async with self._gate:
+                async with place(self._gate, "wait for a place at the judge"):
                     await asyncio.sleep(max(0.0, self._resume_at - time.monotonic()))
                     reply = await self._request(prompt, counts)
             except _Again as error:
@@ -204,17 +205,18 @@ class Judge:
             config.max_tokens_field: config.max_tokens,
         }
         counts.num_requests += 1
-        start = time.monotonic()
+        asking = span("judge")
         try:
-            async with self._session.post(
-                self._url,
-                json=body,
-                headers=self._headers(),
-                proxy=self._proxy,
-                timeout=aiohttp.ClientTimeout(total=config.timeout_s),
-                allow_redirects=False,
-            ) as response:
-                data = await _read(response.content)
+            with asking:
+                async with self._session.post(
+                    self._url,
+                    json=body,
+                    headers=self._headers(),
+                    proxy=self._proxy,
+                    timeout=aiohttp.ClientTimeout(total=config.timeout_s),
+                    allow_redirects=False,
+                ) as response:
+                    data = await _read(response.content)
         except TimeoutError as error:
             reason = f"no reply after {config.timeout_s:g} s (reward.judge.timeout_s)"
             raise _Again(reason) from error
@@ -222,7 +224,7 @@ class Judge:
             shown = self._shown(str(error))
             raise _Again(f"{self._url}: {type(error).__name__}: {shown}") from error
         counts.num_answered += 1
-        counts.latency_s += time.monotonic() - start
+        counts.latency_s += asking.seconds
         if response.status != 200:
             raise self._refusal(response.status, response.headers, data)
         return _content(data)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from megatron_matpo.data.chat import Chat
 from megatron_matpo.data.dataset import Question
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.obs.files import write_atomic
+from megatron_matpo.obs.span_files import SpanFile, attempt_of, is_traced
+from megatron_matpo.obs.spans import recording
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rewards.scorer import Scorer
 from megatron_matpo.rollout.jobs import eval_jobs, train_jobs
@@ -64,6 +67,7 @@ class RolloutManager:
         self._chat = chat
         self._questions = questions
         self._judge = judge
+        self._attempt = attempt_of(Path(config.run_dir))
         self._roster = make_roster(config.agents, config.rollout, tools.specs())
         for split, rows in questions.items():
             self._report_prompts(split, rows)
@@ -114,11 +118,12 @@ class RolloutManager:
             limits = replace(limits, max_failed_frac=1.0)
         scorer = Scorer(self._config, self._judge)
         scheduler = Scheduler(run_episode, scorer, limits)
-        if split == TRAIN_SPLIT:
-            collected = await self._collect_train(scheduler, step, position)
-        else:
-            jobs = eval_jobs(self._config, self._rows(split), step, split, asks)
-            collected = Collected(await scheduler.run(jobs))
+        with self._tracing(step, split, is_part=asks is not None):
+            if split == TRAIN_SPLIT:
+                collected = await self._collect_train(scheduler, step, position)
+            else:
+                jobs = eval_jobs(self._config, self._rows(split), step, split, asks)
+                collected = Collected(await scheduler.run(jobs))
         metrics = rollout_metrics(collected.groups, time.monotonic() - start)
         metrics |= tools.metrics() | scorer.metrics()
         if self._config.rollout.dynamic_sampling and split == TRAIN_SPLIT:
@@ -137,6 +142,20 @@ class RolloutManager:
             metrics["tokens/sampled"],
         )
         return batch
+
+    @contextmanager
+    def _tracing(self, step: int, split: str, *, is_part: bool) -> Iterator[None]:
+        """Record what the block does if the step is traced; parts of a set never are."""
+        if is_part or not is_traced(self._config.obs.trace_every, step):
+            yield
+            return
+        role = "manager" if split == TRAIN_SPLIT else f"manager-{split}"
+        file = SpanFile(Path(self._config.run_dir), role, step, self._attempt)
+        try:
+            with recording(file):
+                yield
+        finally:
+            file.end()
 
     async def _collect_train(self, scheduler: Scheduler, step: int, position: int) -> Collected:
         config, rows = self._config, self._rows(TRAIN_SPLIT)

@@ -117,6 +117,7 @@ def refill_metrics(collected: Collected) -> dict[str, float]:
     ]
     return {
         "rollout/rounds": float(collected.num_rounds),
+        "time/refill_s": collected.refill_s,
         "rollout/discarded_groups": float(len(collected.discarded)),
         "tokens/discarded": float(sum(item.num_sampled_tokens for item in trajectories)),
     }

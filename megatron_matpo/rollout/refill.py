@@ -8,6 +8,7 @@ equal rewards count, not accuracies of exactly 0 or 1, because the format reward
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ class Collected:
     discarded: list[Group] = field(default_factory=list[Group])
     """Uninformative ones that others replaced, in the order in which they were asked."""
     num_rounds: int = 1
+    refill_s: float = 0.0
+    """Of the rounds after the first."""
 
     @property
     def num_questions(self) -> int:
@@ -47,10 +50,12 @@ async def collect_groups(run_round: RunRound, num_groups: int, max_rounds: int) 
         places = [i for i, group in enumerate(collected.groups) if not group.is_informative]
         if not places:
             break
+        start_s = time.monotonic()
         fresh = await run_round(collected.num_questions, len(places))
+        refill_s = collected.refill_s + time.monotonic() - start_s
         groups = list(collected.groups)
         discarded = [*collected.discarded, *(groups[place] for place in places)]
         for place, group in zip(places, fresh, strict=True):
             groups[place] = group
-        collected = Collected(groups, discarded, collected.num_rounds + 1)
+        collected = Collected(groups, discarded, collected.num_rounds + 1, refill_s)
     return collected

@@ -18,6 +18,7 @@ from typing import Generic, Protocol, TypeVar
 
 from megatron_matpo.agents.sampling import Sampled
 from megatron_matpo.errors import EngineError, EngineRejected
+from megatron_matpo.obs.spans import note
 from megatron_matpo.types import PolicyVersion
 
 _log = logging.getLogger(__name__)
@@ -160,6 +161,7 @@ class StepSampler(Generic[Params]):
                 index = self._router.pick(tried)
                 self._engine_of[conversation_id] = index
             try:
+                note(engine=index, engines_tried=len(tried) + 1)
                 return await self._router.generate(index, ids, max_tokens, self._version)
             except EngineError as error:
                 tried.append(index)

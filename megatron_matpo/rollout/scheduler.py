@@ -22,6 +22,7 @@ from megatron_matpo.agents.driver import EpisodeTree
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.data.dataset import Question
 from megatron_matpo.errors import JudgeError, JudgeRefusedError, RolloutError
+from megatron_matpo.obs.spans import note, place, span
 from megatron_matpo.rewards.scorer import Score, Scorer
 from megatron_matpo.types import (
     INFRASTRUCTURE_FAILURES,
@@ -62,6 +63,7 @@ class Scheduler:
         self._scorer = scorer
         self._config = config
         self._gate = asyncio.Semaphore(config.max_concurrent_episodes)
+        self._began = time.monotonic()
         self._reasons: Counter[str] = Counter()
         self._num_episodes = self._num_failed = 0
 
@@ -124,21 +126,15 @@ class Scheduler:
             return EpisodeTree(planner, (), "")
 
     async def _episode(self, job: GroupJob, sample_index: int) -> Episode:
-        async with self._gate:
-            start = time.monotonic()
-            episode_id = f"{job.uid}.{sample_index}"
-            num_retries = 0
-            while True:
-                tree = await self._run_to_tree(episode_id, job.question)
-                is_failed = tree.planner.status in INFRASTRUCTURE_FAILURES
-                if not is_failed or num_retries >= self._config.max_episode_retries:
-                    break
-                await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
-                num_retries += 1
-            duration_s = time.monotonic() - start
+        episode_id = f"{job.uid}.{sample_index}"
+        async with place(self._gate, "wait for a slot", (episode_id, "queue")):
+            start_s = time.monotonic() - self._began
+            with span("episode", (episode_id, "")) as running:
+                tree, num_retries = await self._run_with_retries(episode_id, job.question)
         score, failure = Score(), f"{tree.planner.status}: {tree.planner.error}"
-        if not is_failed:
-            score, failure = await self._score(episode_id, job.question, tree)
+        with span("score", (episode_id, "score")) as scoring:
+            if tree.planner.status not in INFRASTRUCTURE_FAILURES:
+                score, failure = await self._score(episode_id, job.question, tree)
         if failure:
             self._count_failure(failure)
         return Episode(
@@ -151,8 +147,27 @@ class Scheduler:
             answer=score.answer,
             failure=failure,
             num_retries=num_retries,
-            duration_s=duration_s,
+            start_s=start_s,
+            duration_s=running.seconds,
+            score_s=scoring.seconds,
         )
+
+    async def _run_with_retries(
+        self, episode_id: str, question: Question
+    ) -> tuple[EpisodeTree, int]:
+        """What the last attempt left behind, and how many came before it."""
+        num_retries = 0
+        while True:
+            tree = await self._run_to_tree(episode_id, question)
+            status = tree.planner.status
+            note(status=str(status), retries=num_retries)
+            if status not in INFRASTRUCTURE_FAILURES:
+                return tree, num_retries
+            if num_retries >= self._config.max_episode_retries:
+                return tree, num_retries
+            with span("pause before a retry", after=str(status)):
+                await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
+            num_retries += 1
 
     async def _score(
         self, episode_id: str, question: Question, tree: EpisodeTree
@@ -171,7 +186,8 @@ class Scheduler:
                 return Score(), f"internal_error: {error!r}"
             if num_retries >= self._config.max_episode_retries:
                 return Score(), failure
-            await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
+            with span("pause before a retry"):
+                await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
             num_retries += 1
 
     async def _ask_scorer(self, question: Question, tree: EpisodeTree) -> Score:

@@ -11,6 +11,7 @@ from megatron_matpo.errors import NonFiniteError
 from megatron_matpo.megatron.actor import UpdateResult
 from megatron_matpo.megatron.nonfinite import UpdateRefused, write_dump
 from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.obs.spans import span
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,8 @@ class NonFinitePolicy:
                 before it were skipped.
         """
         try:
-            result = update()
+            with span("update", index=index):
+                result = update()
         except UpdateRefused as refused:
             self._refuse(refused, step, index)
             return None

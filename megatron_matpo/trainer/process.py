@@ -13,7 +13,9 @@ from pathlib import Path
 from megatron_matpo.config import Config, load_resolved
 from megatron_matpo.errors import DeadlineError
 from megatron_matpo.obs.failure import record_failure
+from megatron_matpo.obs.spans import record_from_now_on
 from megatron_matpo.obs.status import PhaseWriter
+from megatron_matpo.obs.step_spans import StepSpans
 from megatron_matpo.trainer.clock import Clock
 
 ROLE = "trainer"
@@ -30,9 +32,14 @@ def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
     parser.add_argument("--run-dir", required=True, type=Path)
     run_dir: Path = parser.parse_args().run_dir
     rank = int(os.environ["RANK"])
-    clock = Clock(PhaseWriter(run_dir, ROLE, rank))
+    spans = StepSpans(run_dir, f"{ROLE}-{rank}")
+    record_from_now_on(spans)
+    clock = Clock(PhaseWriter(run_dir, ROLE, rank), spans)
     try:
-        work(load_resolved(str(run_dir / "config.yaml")), run_dir, clock)
+        config = load_resolved(str(run_dir / "config.yaml"))
+        spans.trace(config.obs.trace_every)
+        work(config, run_dir, clock)
+        spans.close()
     except BaseException as error:
         text = traceback.format_exc()
         try:
@@ -41,6 +48,7 @@ def run_rank(work: Callable[[Config, Path, Clock], None]) -> None:
             # Even with a full disk. Skips interpreter shutdown: a broken process group could block
             # it for minutes.
             print(text, file=sys.stderr, flush=True)
+            spans.close()
             os._exit(1)
     # Everything is written and closed; tearing down torch's modules would only take seconds.
     sys.stdout.flush()

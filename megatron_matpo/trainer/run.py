@@ -16,17 +16,19 @@ from megatron_matpo.evaluation.inputs import FOLDER as EVALUATIONS
 from megatron_matpo.evaluation.results import episode_results
 from megatron_matpo.evaluation.summary import metrics, summarize
 from megatron_matpo.megatron.actor import MegatronActor
-from megatron_matpo.obs.metrics_log import MetricsWriter
+from megatron_matpo.obs.metrics_log import MetricsWriter, read_metrics
 from megatron_matpo.obs.recorder import write_rollouts_jsonl
 from megatron_matpo.obs.report import build_report
+from megatron_matpo.obs.spans import Span
 from megatron_matpo.obs.stop_request import STOPPED_PHASE
 from megatron_matpo.obs.wandb_log import WandbLog
+from megatron_matpo.obs.why import PhaseHistory, StepFacts, explain
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
 from megatron_matpo.trainer.rollouts import Rollouts
 from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.types import PolicyVersion, RolloutBatch, TrainSample
+from megatron_matpo.types import Group, PolicyVersion, RolloutBatch, TrainSample
 
 _log = logging.getLogger(__name__)
 
@@ -81,15 +83,29 @@ class RunLog:
         self._config, self._run_dir = config, run_dir
         self._metrics = MetricsWriter(run_dir)
         self._wandb = WandbLog(config, run_dir)
+        self._history = PhaseHistory()
 
     def resume_after(self, step: int) -> None:
         """Drop what a resumed run will write again; at the start that is step 0 too."""
         self._metrics.truncate_after(step if step > 0 else -1)
+        for line in read_metrics(self._run_dir):
+            self._history.add(line)
 
-    def metrics(self, step: int, values: Mapping[str, float], *, partial: bool = False) -> None:
-        """Append one line and send it to W&B."""
-        self._metrics.write(step, values, partial=partial)
+    def metrics(
+        self, step: int, values: Mapping[str, float], *, partial: bool = False, why: str = ""
+    ) -> None:
+        """Append one line and send its numbers to W&B."""
+        self._metrics.write(step, values, partial=partial, why=why)
         self._wandb.log(step, values)
+
+    def why(
+        self, values: Mapping[str, float], groups: Sequence[Group], spans: Sequence[Span]
+    ) -> str:
+        """Why the step with these metrics was slow; it is then one that later ones compare to."""
+        places = self._config.rollout.max_concurrent_episodes
+        text = explain(StepFacts(values, groups, spans, self._history.phases, places))
+        self._history.add(values)
+        return text
 
     def rollouts(self, batch: RolloutBatch, advantages: Mapping[str, float]) -> None:
         """Write the step's trajectories for people."""
@@ -183,7 +199,8 @@ class Run:
             "tokens/trained": num_trained_tokens(samples),
             **evaluation,
         }
-        self.log.metrics(step, values)
+        why = self.log.why(values, batch.groups, self.clock.spans)
+        self.log.metrics(step, values, why=why)
         self.log.rollouts(batch, advantages)
         if is_due(self.config.obs.report_every, step):
             self.log.report()

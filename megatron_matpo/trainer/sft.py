@@ -64,7 +64,7 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
             values = {**result.metrics, **clock.metrics}
             values |= throughput.metrics(batch, values["time/train_s"])
             values["tokens/trained"] = num_trained_tokens(batch)
-            log.metrics(step, values, partial=True)
+            log.metrics(step, values, partial=True, why=log.why(values, (), clock.spans))
         if step == config.sft.steps or is_due(config.checkpoint.every, step):
             save_progress(actor, run_dir, progress, clock)
             saved_step = step

@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from megatron_matpo.config.train import WeightSyncConfig
 from megatron_matpo.errors import EngineError, EngineTimeout, WeightSyncError
+from megatron_matpo.obs.spans import RECEIVE, span
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.buckets import Bucket, make_buckets
 from megatron_matpo.weight_sync.group import form_group
@@ -187,7 +188,9 @@ class BroadcastSync:
                 for engine in self._engines
             ]
             what = f"pushing weights of version {version} (from {bucket.names[0]})"
-            await self._all([self._broadcast(bucket), *receives], what)
+            with span("bucket", bytes=bucket.data.nbytes):
+                timed = [_timed(index, wait) for index, wait in enumerate(receives)]
+                await self._all([self._broadcast(bucket), *timed], what)
         versions = await self._all(
             [engine.weight_version(deadline_s=self._config.timeout_s) for engine in self._engines],
             f"reading back version {version}",
@@ -219,6 +222,12 @@ class BroadcastSync:
             ) from error
         except (EngineError, RuntimeError) as error:
             raise WeightSyncError(f"{what}: {error}") from error
+
+
+async def _timed(index: int, wait: Awaitable[None]) -> None:
+    """`wait`, with a span that names the engine: `obs.why` looks for slow ones."""
+    with span(RECEIVE, engine=index):
+        await wait
 
 
 def _in_daemon_thread(function: Callable[[], T]) -> Awaitable[T]:

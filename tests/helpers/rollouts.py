@@ -222,5 +222,5 @@ def make_config(run_dir: str = "runs", **rollout: Any) -> Config:
             ),
         },
         reward=RewardConfig(),
-        obs=ObsConfig(record_rollouts=False),
+        obs=ObsConfig(record_rollouts=False, trace_every=0),
     )

@@ -12,9 +12,11 @@ import stat
 import pytest
 
 from megatron_matpo.obs.metrics import REQUIRED
+from megatron_matpo.obs.span_files import read_spans, traced_steps
 from megatron_matpo.types import Role
 from megatron_matpo.wire import decode
-from tests.helpers.matpo import read_metrics, wait_until_gone
+from tests.helpers.matpo import read_metrics, run_matpo, wait_until_gone
+from tests.helpers.trace import check_trace
 from tests.smoke.conftest import STEPS
 
 pytestmark = [pytest.mark.smoke, pytest.mark.timeout(600)]
@@ -66,6 +68,42 @@ def test_the_exported_policy_loads(live_run):
     start = load_file("examples/smallworld/policy/model.safetensors")
     assert weights.keys() == start.keys()
     assert any(not weights[name].equal(start[name]) for name in weights)
+
+
+def test_the_trace_agrees_with_the_metrics(live_run):
+    assert traced_steps(live_run) == [1]
+    files = {file.role: file.spans for file in read_spans(live_run, 1)}
+    assert files.keys() == {"manager", "trainer-0", "trainer-1"}
+    line, trainer = read_metrics(live_run)[0], files["trainer-0"]
+
+    def seconds(spans, name):
+        return sum(span.end_us - span.start_us for span in spans if span.name == name) / 1e6
+
+    for phase in ("rollout", "train", "sync"):
+        assert seconds(trainer, phase) == pytest.approx(line[f"time/{phase}_s"], abs=1e-5)
+    (train,) = [span for span in trainer if span.name == "train"]
+    for update in (span for span in trainer if span.name == "update"):
+        assert train.start_us <= update.start_us <= update.end_us <= train.end_us
+    received = [span for span in trainer if span.name == "receive"]
+    assert {span.notes["engine"] for span in received} == {0}
+    assert len(received) == sum(span.name == "bucket" for span in trainer) > 0
+    assert {span.name for span in trainer} >= {"log", "rollout", "train", "sync"}
+
+    batch = decode((live_run / "rollouts" / "step_000001.rollout").read_bytes())
+    episodes = [episode for group in batch.groups for episode in group.episodes]
+    spent = sum(episode.duration_s for episode in episodes)
+    assert seconds(files["manager"], "episode") == pytest.approx(spent, abs=1e-4)
+    (rollout,) = [span for span in trainer if span.name == "rollout"]
+    for span in files["manager"]:  # two processes, one clock
+        assert rollout.start_us - 5e4 < span.start_us <= span.end_us < rollout.end_us + 5e4
+
+
+def test_the_trace_opens(live_run):
+    done = run_matpo("trace", str(live_run))
+    assert done.returncode == 0, done.stdout
+    trace = json.loads((live_run / "trace" / "step_000001.json").read_text())
+    names = check_trace(trace).values()
+    assert {("trainer", "rank 0"), ("trainer", "rank 1"), ("episodes", "slot 7")} <= set(names)
 
 
 def test_the_folder_is_whole_and_holds_no_secret(live_run):

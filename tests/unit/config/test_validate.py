@@ -68,6 +68,11 @@ def test_all_violations_come_together(config):
     ]
 
 
+def test_steps_between_traces_are_not_negative(config):
+    (line,) = check_values(section(config, "obs", trace_every=-1))
+    assert line == "obs.trace_every=-1: must be at least 0"
+
+
 def test_a_worker_cannot_be_the_planner(config):
     (line,) = collect_violations(
         section(config, "rollout", planner="browser_agent"), command="train"

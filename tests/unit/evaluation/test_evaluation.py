@@ -159,7 +159,7 @@ def test_rollouts_are_recorded_for_people_and_for_replay(config, policy):
 
 
 def test_nothing_is_recorded_if_that_is_off(config, policy):
-    folder = evaluate(replace(config, obs=ObsConfig(record_rollouts=False)), policy)
+    folder = evaluate(replace(config, obs=ObsConfig(record_rollouts=False, trace_every=0)), policy)
     assert [file.name for file in (folder / "one").iterdir()] == ["results.jsonl"]
 
 

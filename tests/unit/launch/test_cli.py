@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,10 @@ from megatron_matpo.config.run import RunConfig
 from megatron_matpo.errors import ConfigError
 from megatron_matpo.launch.run_folder import open_run_folder
 from megatron_matpo.obs.failure import record_failure
+from megatron_matpo.obs.span_files import SpanFile, attempt_of
+from megatron_matpo.obs.spans import Span
 from megatron_matpo.obs.status import PhaseWriter
+from tests.helpers.trace import check_trace
 
 
 @pytest.fixture
@@ -89,7 +93,23 @@ def test_status_tells_phases_and_the_first_failure(tmp_path, capsys):
     assert "first failure: manager-0, phase serve: ValueError: no tools" in running
 
 
-@pytest.mark.parametrize("command", ["status", "report"])
+def test_trace_writes_the_timeline_of_a_step(tmp_path, capsys):
+    config = replace(Config(), run=RunConfig(name="demo", dir=str(tmp_path)))
+    folder, _ = open_run_folder(config, "train")
+    os.close(folder.lock_descriptor)
+    assert main(["trace", str(folder.path)]) == 2
+    assert "obs.trace_every" in capsys.readouterr().err
+    file = SpanFile(folder.path, "trainer-0", 10, attempt_of(folder.path))
+    file.add(Span("train", ("", ""), 1.0, 2.0, {}))
+    file.end()
+    file.wait(10.0)
+    assert main(["trace", str(folder.path), "--step", "10"]) == 0
+    path = folder.path / "trace" / "step_000010.json"
+    assert str(path) in capsys.readouterr().out
+    assert list(check_trace(json.loads(path.read_text())).values()) == [("trainer", "rank 0")]
+
+
+@pytest.mark.parametrize("command", ["status", "report", "trace"])
 def test_a_folder_that_is_no_run_is_refused(tmp_path, command, capsys):
     assert main([command, str(tmp_path)]) == 2
     assert "not a run folder" in capsys.readouterr().err

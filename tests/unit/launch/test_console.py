@@ -38,6 +38,19 @@ def test_without_a_terminal_only_finished_steps_appear(tmp_path):
     assert "ETA 0:02" in stream.getvalue()
 
 
+def test_why_a_step_was_slow_is_told_below_it(tmp_path):
+    stream = io.StringIO()
+    view = ProgressView(tmp_path, 3, Console(stream))
+    append(tmp_path, 1)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "reward/total": 0.5, "why": "sync 40 s: x"}) + "\n")
+    view.update()
+    first, second, why = stream.getvalue().splitlines()
+    assert first.startswith("step 1/3")
+    assert second.startswith("step 2/3")
+    assert why == "  slow: sync 40 s: x"
+
+
 def test_on_a_terminal_the_live_line_names_step_and_phase(tmp_path):
     stream = Terminal()
     view = ProgressView(tmp_path, 3, Console(stream))

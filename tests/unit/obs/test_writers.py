@@ -53,6 +53,17 @@ def test_non_finite_values_become_null(tmp_path: Path) -> None:
     assert line["policy/ratio"] is None
 
 
+def test_why_is_a_text_that_readers_of_numbers_do_not_see(tmp_path: Path) -> None:
+    writer = metrics_log.MetricsWriter(tmp_path)
+    writer.write(1, full_line())
+    for step in (2, 3):
+        writer.write(step, full_line(), why=f"train {step} s: usually 1 s")
+    assert all("why" not in line for line in metrics_log.read_metrics(tmp_path))
+    assert metrics_log.read_why(tmp_path).keys() == {2, 3}
+    writer.truncate_after(2)
+    assert metrics_log.read_why(tmp_path) == {2: "train 2 s: usually 1 s"}
+
+
 def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path: Path) -> None:
     writer = metrics_log.MetricsWriter(tmp_path)
     for step in range(1, 6):

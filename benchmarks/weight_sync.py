@@ -136,6 +136,7 @@ class Meanwhile:
     """Short generations on one server, and this process's memory, while pushes run."""
 
     def __init__(self, server: SglangServer, *, generates: bool) -> None:
+        """Begin with `with`."""
         self._server, self._generates = server, generates
         self._is_over = threading.Event()
         self.latencies: list[tuple[float, float]] = []
@@ -146,11 +147,13 @@ class Meanwhile:
             self._threads.append(threading.Thread(target=lambda: asyncio.run(self._ask())))
 
     def __enter__(self) -> Meanwhile:
+        """Begin."""
         for thread in self._threads:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        """End, and wait for what is running."""
         self._is_over.set()
         for thread in self._threads:
             thread.join()

@@ -187,7 +187,7 @@ def measure(
         for name, tensor in weights.items():
             yield name, tensor.clone()
 
-    shape = EngineShape(1, KV_HEADS, torch.float32)
+    shape = EngineShape(1, KV_HEADS, torch.float32, on_cpu=True)
     sync = Transaction(
         export,
         [server.client() for server in servers],

@@ -81,7 +81,10 @@ def _build_sync(
     on_gpu = config.cluster.device == "cuda"
     hf = HfModelConfig.from_folder(config.model.path)
     shape = EngineShape(
-        config.rollout.tensor, hf.num_kv_heads, torch.bfloat16 if on_gpu else torch.float32
+        config.rollout.tensor,
+        hf.num_kv_heads,
+        torch.bfloat16 if on_gpu else torch.float32,
+        on_cpu=not on_gpu,
     )
     sync = Transaction(
         actor.export,

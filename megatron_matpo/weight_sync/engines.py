@@ -122,7 +122,9 @@ class Engines:
             WeightSyncError: one failed, or was not done in time.
         """
         started = time.monotonic()
-        must = {asyncio.ensure_future(wait): who for who, wait in waits.items()}
+        must: dict[asyncio.Future[T], str] = {
+            asyncio.ensure_future(wait): who for who, wait in waits.items()
+        }
         names = must | {future: who for who, future in watched}
         try:
             while not _has_failed(names) and any(not task.done() for task in must):

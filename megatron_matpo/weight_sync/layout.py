@@ -25,6 +25,8 @@ _FUSED = {
 _BY_COLUMNS = {"o_proj", "down_proj"}
 _BY_VOCABULARY = {"embed_tokens", "lm_head"}
 _VOCABULARY_MULTIPLE = 64
+_CPU_FFN_MULTIPLE = 64
+"""For each rank. Source: SGLang 0.5.20, configs/update_config.py."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class EngineShape:
     num_kv_heads: int
     dtype: torch.dtype
     """In which it holds them."""
+    on_cpu: bool = False
+    """There SGLang pads the feed-forward dimension with zeros."""
 
 
 @dataclass
@@ -69,14 +73,22 @@ class EngineLayout:
             cut = [self._rows(query, rank), self._kv_rows(key, rank), self._kv_rows(value, rank)]
             mine = torch.cat(cut)
         elif module == "gate_up_proj":
-            mine = torch.cat([self._rows(part, rank) for part in parts])
+            mine = torch.cat([self._rows(self._padded(part, 0), rank) for part in parts])
         elif module in _BY_COLUMNS and parts[0].dim() > 1:
-            mine = parts[0].chunk(self.shape.num_ranks, dim=1)[rank]
+            whole = self._padded(parts[0], 1) if module == "down_proj" else parts[0]
+            mine = whole.chunk(self.shape.num_ranks, dim=1)[rank]
         elif module in _BY_VOCABULARY:
             mine = self._vocabulary(parts[0], rank)
         else:
             (mine,) = parts
         return mine.to(self.shape.dtype)
+
+    def _padded(self, tensor: Tensor, dim: int) -> Tensor:
+        """With zeros behind the feed-forward dimension `dim`."""
+        missing = -tensor.shape[dim] % (_CPU_FFN_MULTIPLE * self.shape.num_ranks)
+        if not self.shape.on_cpu or not missing:
+            return tensor
+        return torch.nn.functional.pad(tensor, (0, missing) if dim else (0, 0, 0, missing))
 
     def _rows(self, tensor: Tensor, rank: int) -> Tensor:
         return tensor.chunk(self.shape.num_ranks)[rank]

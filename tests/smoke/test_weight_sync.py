@@ -31,7 +31,7 @@ from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.sglang_servers import ROLLOUT_PYTHON, SglangServer, sglang_servers
 from tests.helpers.tiny import make_tiny_model
 
-SHAPE = EngineShape(num_ranks=1, num_kv_heads=2, dtype=torch.float32)
+SHAPE = EngineShape(num_ranks=1, num_kv_heads=2, dtype=torch.float32, on_cpu=True)
 LIMIT_S = 60.0
 SHORT_LIMIT_S = 6.0
 

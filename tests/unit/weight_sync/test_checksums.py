@@ -116,3 +116,14 @@ def test_the_vocabulary_is_padded_with_zeros_then_cut():
     assert whole[0].shape == (128, 2)
     torch.testing.assert_close(whole[0][:70], embedding)
     torch.testing.assert_close(upper[1], torch.cat([embedding[64:], torch.zeros(58, 2)]))
+
+
+def test_on_a_cpu_the_feed_forward_dimension_is_padded():
+    gate, down = torch.rand(48, 3), torch.rand(3, 48)
+    layout = EngineLayout(EngineShape(1, 2, torch.float32, on_cpu=True))
+    assert not list(layout.take("l.mlp.gate_proj.weight", gate))
+    ((_, (fused,)),) = layout.take("l.mlp.up_proj.weight", -gate)
+    zeros = torch.zeros(16, 3)
+    torch.testing.assert_close(fused, torch.cat([gate, zeros, -gate, zeros]))
+    ((_, (padded,)),) = layout.take("l.mlp.down_proj.weight", down)
+    torch.testing.assert_close(padded, torch.cat([down, zeros.t()], dim=1))

@@ -103,10 +103,20 @@ class WeightSyncConfig:
     """How the engines get the weights after every step."""
 
     transport: str = "broadcast"
-    """`broadcast`, or `none`: the control experiment in which engines keep the first weights."""
-    bucket_mb: int = 256
+    """`broadcast`; `disk`, for engines that share only a file system with the trainer; or `none`:
+    the control experiment in which engines keep the first weights."""
+    verify: str = "sample"
+    """`full | sample | version`: what is compared before engines serve new weights. `full`: the
+    engine's checksums of all parameters with the trainer's; `sample`: of an eighth of them, another
+    one every push (all at the first); `version`: only the number that the engine reports.
+    Parameters of experts are compared between engines."""
+    folder: str = ""
+    """Of `disk`: where the weights are written, as all nodes see it; empty: `RUN/weights`."""
+    bucket_mb: int = 128
+    """Of `broadcast`: bytes that travel together; two buckets exist at a time on trainer rank 0."""
     timeout_s: float = 120.0
-    """Deadline of forming the group, and of each bucket."""
+    """Deadline of every wait of a push: the group's forming, a pause, each bucket (with `disk`: the
+    loading), the comparison, and the resumption."""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ CHANGEABLE = (
     "tools.servers.*.num_processes",
     "tools.servers.*.max_concurrency",
     "weight_sync.bucket_mb",
+    "weight_sync.folder",
+    "weight_sync.verify",
     "sft.steps",
     "sft.export",
 )

@@ -25,7 +25,7 @@ from megatron_matpo.megatron import hf_io, lora, lora_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.checkpoint import Checkpoints
 from megatron_matpo.megatron.host_weights import HostWeights
-from megatron_matpo.megatron.model import build_model, wrap_ddp
+from megatron_matpo.megatron.model import build_model, unwrap, wrap_ddp
 from megatron_matpo.megatron.nonfinite import Culprits, UpdateRefused, Watch, gather_culprits
 from megatron_matpo.megatron.parallel import ParallelState, data_group, pipeline_group
 from megatron_matpo.megatron.schedule import LossFn, forward_backward, forward_logprobs
@@ -223,6 +223,11 @@ class MegatronActor:
     def save_hf(self, folder: str | Path) -> None:
         """Write the policy as a Hugging Face folder; see `hf_io.save_hf`."""
         hf_io.save_hf(self._models, self._hf, folder, self._state, self._config.model.path)
+
+    def write_hf(self, folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """Write what `export` gave to rank 0 as a Hugging Face folder; only rank 0 calls."""
+        dtype = unwrap(self._models[0]).config.params_dtype
+        hf_io.write_hf_folder(folder, tensors, self._hf, dtype, self._config.model.path)
 
     def save_adapter(self, folder: str | Path) -> None:
         """Write the adapter as PEFT does; see `lora_io.save_adapter`. Only with `lora.rank`."""

@@ -290,14 +290,29 @@ def save_hf(
             raise AssertionError("only global rank 0 receives tensors")
         dist.barrier()
         return
-    temporary = target.with_name(target.name + ".tmp")
+    dtype = unwrap(models[0]).config.params_dtype
+    write_hf_folder(target, tensors, hf, dtype, source_folder)
+    dist.barrier()
+
+
+def write_hf_folder(
+    folder: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    hf: HfModelConfig,
+    dtype: torch.dtype,
+    source_folder: str | Path,
+) -> None:
+    """Write all of `tensors` (in export order) as a complete folder that replaces an older one.
+
+    Raises:
+        OSError: the disk refused something; `folder` is as before.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    dtype = unwrap(models[0]).config.params_dtype
     write_tensors(temporary, hf_shapes(hf), dtype, tensors, max_file_bytes=_SHARD_BYTES)
     for file in sorted(Path(source_folder).iterdir()):
         is_weights = ".safetensors" in file.suffixes or file.suffix in (".bin", ".pt", ".pth")
         if file.is_file() and not is_weights:
             shutil.copyfile(file, temporary / file.name)
-    replace_folder(temporary, target)
-    dist.barrier()
+    replace_folder(temporary, folder)

@@ -58,7 +58,8 @@ def engine_memory(
     return EngineMemory(
         weights=weights,
         kv_cache=tokens * per_token,
-        sync_buckets=bucket_mb * 2**20,
+        # SGLang 0.5.20 makes the tensors and their flat copy.
+        sync_buckets=2 * bucket_mb * 2**20,
         kv_tokens=tokens,
         full_trajectories=tokens / rollout.context_length,
     )

@@ -71,7 +71,7 @@ def worst_stage(job: Job, num_micro_batches: int) -> Ledger:
 
 
 def sync_bytes(job: Job) -> int:
-    """A push, on trainer rank 0: one bucket, and the largest tensor twice (parts, then whole)."""
+    """A push, on trainer rank 0: two buckets, and the largest tensor twice (parts, then whole)."""
     hf = job.hf
     largest = max(hf.vocab_size, hf.ffn_size) * hf.hidden_size * job.element_bytes
-    return job.bucket_mb * 2**20 + 2 * largest
+    return 2 * job.bucket_mb * 2**20 + 2 * largest

@@ -1,41 +1,28 @@
 """Asynchronous client of one SGLang server (0.5.20): tokens in, tokens out, and control verbs.
 
-Invariants:
-
-* every request has a deadline (seconds), and the error of a missed one names it;
-* three failures are told apart: no connection (`EngineUnreachable`), no answer in time
-  (`EngineTimeout`), an answer that is an error or not the protocol (`EngineRejected`);
-* nothing is retried here: whoever knows whether a repetition is harmless repeats;
-* no text: `input_ids` go in, sampled ids and their log-probs come out, checked against each other;
-* no answer is read past `_MAX_ANSWER_BYTES`, whatever the server sends.
-
-A request that is cancelled or runs into its deadline closes its connection, and SGLang aborts it.
+No text: `input_ids` go in, sampled ids and their log-probs come out, checked against each other.
+Deadlines, the errors told apart and the bound of an answer are those of `engine_http.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import aiohttp
 import orjson
 
 from megatron_matpo.errors import EngineError, EngineRejected, EngineTimeout, EngineUnreachable
+from megatron_matpo.rollout.engine_http import EngineHttp, shown
 from megatron_matpo.types import VersionSpan
 
 PauseMode = Literal["abort", "retract", "in_place"]
 
 _POLL_S = 0.25
-_KEEPALIVE_S = 2.0
 _HEALTH_LIMIT_S = 10.0
-_SHOWN_CHARS = 500
-# A sampled token takes about 50 bytes; of a longer answer the rest is not even read.
-_MAX_ANSWER_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +54,13 @@ class Generation:
     """Policy versions, covering all tokens."""
 
 
-class EngineClient:
+class EngineClient(EngineHttp):
     """One server. Use it from one event loop; `close` it there."""
 
     def __init__(self, url: str, api_key: str = "", *, request_timeout_s: float = 600.0) -> None:
-        """Connect lazily to `url` (no trailing slash); `request_timeout_s` bounds a generation."""
-        self.url = url
-        self._headers = {"Content-Type": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        """As `EngineHttp`; `request_timeout_s` bounds a generation."""
+        super().__init__(url, api_key)
         self._request_timeout_s = request_timeout_s
-        self._session: aiohttp.ClientSession | None = None
 
     async def generate(self, input_ids: Sequence[int], params: SamplingParams) -> Generation:
         """Sample one continuation of `input_ids`.
@@ -95,7 +78,7 @@ class EngineClient:
             return _read_generation(answer)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise EngineRejected(
-                f"{self.url}/generate: not a generation ({error!r}): {_shown(answer)}"
+                f"{self.url}/generate: not a generation ({error!r}): {shown(answer)}"
             ) from error
 
     async def health_generate(self, *, deadline_s: float = _HEALTH_LIMIT_S) -> None:
@@ -150,15 +133,16 @@ class EngineClient:
         """
         answer = await self.info(deadline_s=deadline_s)
         if not isinstance(version := answer.get("weight_version"), str):
-            raise EngineRejected(f"{self.url}/model_info: no weight_version in {_shown(answer)}")
+            raise EngineRejected(f"{self.url}/model_info: no weight_version in {shown(answer)}")
         return version
 
-    async def pause(self, *, mode: PauseMode = "retract", deadline_s: float) -> None:
-        """Stop sampling; control requests are still served.
+    async def pause(self, *, mode: PauseMode = "abort", deadline_s: float) -> None:
+        """Stop sampling; new requests wait until `resume`, control requests are still served.
 
         `abort` ends running requests with what they have; `retract` puts them back into the queue
-        and forgets their KV cache; `in_place` freezes them with it (the cache then cannot be
-        flushed).
+        and forgets their KV cache; `in_place` freezes them with it. If requests were running, only
+        `abort` allows the cache to be flushed: SGLang 0.5.20 ends its scheduler with an assertion
+        when an update that flushes meets a request that waits.
 
         Raises:
             EngineError: as `generate`.
@@ -250,6 +234,44 @@ class EngineClient:
         }
         await self._command("/update_weights_from_distributed", body, deadline_s)
 
+    async def update_weights_from_disk(
+        self, *, folder: str, weight_version: str, deadline_s: float
+    ) -> None:
+        """Make the engine load the safetensors files of `folder`, and forget cached prefixes.
+
+        The folder's path is the engine's, so it must lie on a file system that both see.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        body = {
+            "model_path": folder,
+            "load_format": "safetensors",
+            "weight_version": weight_version,
+            "flush_cache": True,
+        }
+        await self._command("/update_weights_from_disk", body, deadline_s)
+
+    async def weight_checksums(self, *, deadline_s: float) -> list[dict[str, str]]:
+        """What the engine's own checker says of the weights that it holds.
+
+        Returns:
+            Per tensor-parallel rank, 16 hexadecimal digits by the engine's name of the parameter.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        path = "/weights_checker"
+        body = orjson.dumps({"action": "checksum"})
+        answer = await self._ask_json("POST", path, body, deadline_s)
+        try:
+            ranks = sorted(answer["ranks"], key=lambda rank: rank["parallelism_info"]["tp_rank"])
+            return [{str(k): str(v) for k, v in rank["checksums"].items()} for rank in ranks]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineRejected(
+                f"{self.url}{path}: no checksums ({error!r}): {shown(answer)}"
+            ) from error
+
     async def destroy_weights_update_group(self, *, group_name: str, deadline_s: float) -> None:
         """Make the engine leave the group.
 
@@ -258,86 +280,6 @@ class EngineClient:
         """
         body = {"group_name": group_name}
         await self._command("/destroy_weights_update_group", body, deadline_s)
-
-    async def close(self) -> None:
-        """Close the connections; running requests are aborted. May be called twice."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
-
-    async def _command(self, path: str, body: dict[str, Any], deadline_s: float) -> None:
-        """A verb whose answer says whether it succeeded."""
-        answer = await self._ask_json("POST", path, orjson.dumps(body), deadline_s)
-        if answer.get("success") is not True:
-            raise EngineRejected(f"{self.url}{path}: {_shown(answer)}")
-
-    async def _ask_json(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        deadline_s: float,
-        setting: str = "deadline_s",
-    ) -> dict[str, Any]:
-        data = await self._ask(method, path, body, deadline_s, setting)
-        try:
-            answer = orjson.loads(data)
-        except ValueError as error:
-            raise EngineRejected(f"{self.url}{path}: not JSON: {_shown(data)}") from error
-        if not isinstance(answer, dict):
-            raise EngineRejected(f"{self.url}{path}: not a JSON object: {_shown(data)}")
-        return answer
-
-    async def _ask(
-        self,
-        method: str,
-        path: str,
-        body: bytes | None,
-        deadline_s: float,
-        setting: str = "deadline_s",
-    ) -> bytes:
-        """The body of a 200 answer."""
-        if self._session is None:
-            # No limit on connections: the manager bounds its requests, and a health check must not
-            # queue behind generations.
-            # Idle connections are dropped before SGLang drops them (5 s): a request on one that is
-            # just being closed would fail, and a generation is not sent twice.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
-            self._session = aiohttp.ClientSession(
-                connector=connector, headers=self._headers, cookie_jar=aiohttp.DummyCookieJar()
-            )
-        started = time.monotonic()
-        try:
-            async with self._session.request(
-                method, self.url + path, data=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
-            ) as response:
-                data = await self._read(response, path)
-        except TimeoutError as error:
-            raise EngineTimeout(
-                f"{self.url}{path}: no complete answer after {time.monotonic() - started:.1f} s "
-                f"({setting}={deadline_s:g})"
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineUnreachable(
-                f"{self.url}{path}: {error or type(error).__name__} "
-                f"(after {time.monotonic() - started:.1f} s of {setting}={deadline_s:g})"
-            ) from error
-        if response.status != 200:
-            raise EngineRejected(f"{self.url}{path}: HTTP {response.status}: {_shown(data)}")
-        return data
-
-    async def _read(self, response: aiohttp.ClientResponse, path: str) -> bytes:
-        parts: list[bytes] = []
-        size = 0
-        async for part in response.content.iter_any():
-            parts.append(part)
-            size += len(part)
-            if size > _MAX_ANSWER_BYTES:
-                response.close()  # else leaving the request would read on
-                raise EngineRejected(
-                    f"{self.url}{path}: the answer is longer than {_MAX_ANSWER_BYTES >> 20} MiB"
-                )
-        return b"".join(parts)
 
 
 def _generate_body(input_ids: Sequence[int], params: SamplingParams) -> bytes:
@@ -389,10 +331,3 @@ def _read_generation(answer: dict[str, Any]) -> Generation:
         finish_reason=str(meta["finish_reason"]["type"]),
         versions=versions,
     )
-
-
-def _shown(answer: bytes | dict[str, Any]) -> str:
-    """As much of an answer as fits an error message."""
-    data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
-    text = data[:_SHOWN_CHARS].decode(errors="replace")
-    return text if len(data) <= _SHOWN_CHARS else text + "..."

@@ -11,6 +11,7 @@ import torch
 from torch import distributed as dist
 
 from megatron_matpo.config import Config
+from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.parallel import ParallelState
@@ -22,7 +23,11 @@ from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rol
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
 from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.weight_sync.broadcast import BroadcastSync, NoEngines, PushOnce
+from megatron_matpo.weight_sync.broadcast import BroadcastTransport
+from megatron_matpo.weight_sync.disk import DiskTransport
+from megatron_matpo.weight_sync.layout import EngineShape
+from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction, Transport
+from megatron_matpo.weight_sync.verify import Verifier
 
 SHARE_SLACK_S = 60.0
 """Ranks that wait for rank 0's batch wait this much longer than rank 0 waits for the manager."""
@@ -40,7 +45,7 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
         actor=actor,
         learner=PolicyLearner(config, actor, state, run_dir),
         rollouts=_build_rollouts(config, plan, state, run_dir),
-        sync=_build_sync(config, plan, actor, state),
+        sync=_build_sync(config, plan, actor, state, run_dir),
         clock=clock,
         log=RunLog(config, run_dir) if state.is_logging_rank else None,
         throughput=Throughput.of(config),
@@ -67,20 +72,40 @@ def _build_rollouts(config: Config, plan: Plan, state: ParallelState, run_dir: P
 
 
 def _build_sync(
-    config: Config, plan: Plan, actor: MegatronActor, state: ParallelState
+    config: Config, plan: Plan, actor: MegatronActor, state: ParallelState, run_dir: Path
 ) -> WeightSync:
     if config.rollout.replay:
         return NoEngines()
     key = os.environ["MATPO_ENGINE_KEY"]
     engines = [EngineClient(place.url, key) for place in plan.engines] if state.rank == 0 else []
-    sync = BroadcastSync(
-        config.weight_sync,
+    on_gpu = config.cluster.device == "cuda"
+    hf = HfModelConfig.from_folder(config.model.path)
+    shape = EngineShape(
+        config.rollout.tensor,
+        hf.num_kv_heads,
+        torch.bfloat16 if on_gpu else torch.float32,
+        on_cpu=not on_gpu,
+    )
+    sync = Transaction(
         actor.export,
         engines,
+        _build_transport(config, plan, actor, run_dir),
+        Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu),
+        timeout_s=config.weight_sync.timeout_s,
+        start_timeout_s=config.run.start_timeout_s,
+    )
+    return PushOnce(sync) if config.weight_sync.transport == "none" else sync
+
+
+def _build_transport(config: Config, plan: Plan, actor: MegatronActor, run_dir: Path) -> Transport:
+    settings = config.weight_sync
+    if settings.transport == "disk":
+        folder = Path(settings.folder or run_dir / "weights")
+        return DiskTransport(folder, actor.write_hf)
+    return BroadcastTransport(
+        bucket_bytes=settings.bucket_mb << 20,
         ranks_per_engine=config.rollout.tensor,
         host=plan.trainer_host,
         port=plan.weight_sync_port,
         backend="nccl" if config.cluster.device == "cuda" else "gloo",
-        start_timeout_s=config.run.start_timeout_s,
     )
-    return PushOnce(sync) if config.weight_sync.transport == "none" else sync

@@ -20,7 +20,7 @@ def bf16_job(hf: HfModelConfig, layout: Layout, **changes: Any) -> Job:
         fp8_bf16_layers=0,
         micro_batch_tokens=40_960,
         logprob_chunk_tokens=2048,
-        bucket_mb=256,
+        bucket_mb=128,
         has_reference=False,
         is_local=False,
     )

@@ -11,7 +11,7 @@ What it does beyond `sglang serve`:
 * The server dies with the process that started it, and its children die with the server.
 * On a CPU (SGLANG_USE_CPU_ENGINE=1) two parts of SGLang's CUDA packages are stood in for
   (`_register_torchvision_operators`, `stubs/sgl_kernel`), attention is batched (`attention.py`),
-  and SGLang's processes are forked (`_fork_children`).
+  SGLang's processes are forked, and its weight checker does not wait for a GPU (`_hook_sglang`).
 
 On a GPU SGLang spawns its scheduler and detokenizer. A spawned process imports the main module
 again, under another name than `__main__`: what stands above the guard at the end runs in each.
@@ -24,6 +24,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -56,16 +57,35 @@ def _register_torchvision_operators() -> object:
     return library
 
 
-def _fork_children() -> None:
-    """Have the scheduler and the detokenizer start as copies of this process.
+def _hook_sglang() -> None:
+    """Two changes through `HookRegistry`, SGLang's interface for plug-ins.
 
-    SGLang spawns them, for CUDA's sake; each then imports SGLang again, which is nearly all of the
-    time that a small model takes to start (60 s of CPU time against 25 s, on two cores).
-    `HookRegistry` is SGLang's interface for plug-ins.
+    The scheduler and the detokenizer start as copies of this process. SGLang spawns them, for
+    CUDA's sake; each then imports SGLang again, which is nearly all of the time that a small model
+    takes to start (60 s of CPU time against 25 s, on two cores).
+
+    The weight checker's hashes work on a CPU, but it calls `torch.cuda.synchronize` around them,
+    which a CPU build of torch refuses. There is nothing to wait for.
     """
     import multiprocessing
 
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    def without_waiting(checksum: Callable[..., object], *args: object, **kwargs: object) -> object:
+        import torch
+
+        original = torch.cuda.synchronize
+        torch.cuda.synchronize = lambda device=None: None
+        try:
+            return checksum(*args, **kwargs)
+        finally:
+            torch.cuda.synchronize = original
+
+    HookRegistry.register(
+        "sglang.srt.utils.weight_checker.WeightChecker._compute_checksum",
+        without_waiting,
+        HookType.AROUND,
+    )
 
     def use_fork(result: object, *args: object, **kwargs: object) -> None:
         multiprocessing.set_start_method("fork", force=True)
@@ -108,7 +128,7 @@ def main(argv: list[str]) -> None:
         import attention
 
         attention.register()
-        _fork_children()
+        _hook_sglang()
     try:
         launch_server(prepare_server_args(argv))
     finally:

@@ -124,7 +124,7 @@ def test_the_worst_stage_is_named():
     parts = ledger.weights + ledger.gradients + ledger.optimizer + ledger.activations
     assert ledger.head == 0
     assert ledger.total == parts + ledger.reserve
-    assert sync_bytes(job(PP4)) == 256 * 2**20 + 2 * 2 * EMBEDDING
+    assert sync_bytes(job(PP4)) == 2 * 128 * 2**20 + 2 * 2 * EMBEDDING
 
 
 @pytest.mark.parametrize(

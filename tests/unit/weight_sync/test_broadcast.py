@@ -1,21 +1,26 @@
-"""The push against a fake engine in a process of its own that receives over a real gloo group.
+"""Transport `broadcast` to fake engines in processes of their own, over a real gloo group.
 
-Proves: bytes arrive under their names, versions are read back, and every way in which an engine can
-fail ends in a named error inside the deadline. The real SGLang server is in tests/smoke.
+Proves: bytes arrive under their names, in several buckets too, and every way in which an engine can
+fail while it joins or receives ends in a named error inside the deadline. The phases around it are
+in test_transaction.py, the real SGLang server in tests/smoke.
 """
 
 import asyncio
 import multiprocessing
+import os
+import signal
 import time
 from datetime import timedelta
 
 import pytest
 import torch
 
-from megatron_matpo.config.train import WeightSyncConfig
-from megatron_matpo.errors import EngineRejected, WeightSyncError
+from megatron_matpo.errors import EngineRejected, EngineUnreachable, WeightSyncError
 from megatron_matpo.launch.ports import free_ports
-from megatron_matpo.weight_sync.broadcast import BroadcastSync, PushOnce
+from megatron_matpo.weight_sync.broadcast import BroadcastTransport
+from megatron_matpo.weight_sync.transaction import Transaction
+from megatron_matpo.weight_sync.verify import Verifier
+from tests.helpers.scripted_fake_engine import SHAPE
 
 WEIGHTS = [
     ("a", torch.arange(6.0).view(2, 3)),
@@ -67,15 +72,24 @@ def _engine(pipe):
 class FakeEngine:
     """Speaks `EngineControl`; `mode` says how it misbehaves."""
 
-    def __init__(self, mode="good"):
-        self.url = f"fake://{mode}"
+    def __init__(self, mode="good", name=""):
+        self.url = f"fake://{mode}{name}"
         self.mode = mode
         self.version = "default"
         self.weights = {}
+        self.num_buckets = 0
+        self.is_over = False
+        self.one_at_a_time = asyncio.Lock()
         self.pipe, child = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
         self.process = context.Process(target=_engine, args=(child,), daemon=True)
         self.process.start()
+
+    async def pause(self, **_):
+        pass
+
+    async def resume(self, **_):
+        pass
 
     async def wait_ready(self, **_):
         assert await asyncio.to_thread(self.pipe.recv) == "imported"
@@ -101,10 +115,23 @@ class FakeEngine:
         if self.mode == "fails":
             raise EngineRejected("fake engine: out of memory")
         assert request["load_format"] == "flattened_bucket"
-        self.pipe.send({k: request[k] for k in ("names", "dtypes", "shapes")})
-        self.weights |= await asyncio.to_thread(self.pipe.recv)
-        if self.mode != "forgets" and request["weight_version"] is not None:
+        if self.mode == "dies" and "c" in request["names"]:
+            self.process.kill()
+            raise EngineUnreachable("fake engine: connection lost")
+        if self.mode == "freezes" and "c" in request["names"]:
+            os.kill(self.process.pid, signal.SIGSTOP)
+        async with self.one_at_a_time:
+            self.pipe.send({k: request[k] for k in ("names", "dtypes", "shapes")})
+            self.weights |= await asyncio.to_thread(self.receive)
+        self.num_buckets += 1
+        if request["weight_version"] is not None:
             self.version = request["weight_version"]
+
+    def receive(self):
+        while not self.pipe.poll(0.05):
+            if self.is_over:
+                return {}
+        return self.pipe.recv()
 
     async def weight_version(self, **_):
         return self.version
@@ -114,35 +141,44 @@ class FakeEngine:
 
     def end(self):
         """Kill and reap: a zombie child would confuse tests that look for processes."""
+        self.is_over = True
         self.process.kill()
         self.process.join(10)
 
 
-def sync_with(engines, timeout_s=60.0):
-    return BroadcastSync(
-        WeightSyncConfig(timeout_s=timeout_s),
+def sync_with(engines, timeout_s=60.0, bucket_bytes=1 << 20):
+    return Transaction(
         lambda: iter(WEIGHTS),
         engines,
-        ranks_per_engine=1,
-        host="127.0.0.1",
-        port=free_ports("127.0.0.1", 1)[0],
-        backend="gloo",
-        start_timeout_s=timeout_s,
+        BroadcastTransport(
+            bucket_bytes=bucket_bytes,
+            ranks_per_engine=1,
+            host="127.0.0.1",
+            port=free_ports("127.0.0.1", 1)[0],
+            backend="gloo",
+        ),
+        Verifier("version", SHAPE, on_gpu=False),
+        timeout_s=timeout_s,
+        start_timeout_s=60.0,
     )
 
 
 @pytest.mark.timeout(120)
-def test_two_engines_receive_every_tensor_and_report_the_version(monkeypatch):
-    engines = [FakeEngine(), FakeEngine()]
+def test_two_engines_receive_every_tensor_in_several_buckets(monkeypatch):
+    engines = [FakeEngine(name=1), FakeEngine(name=2)]
     # As in a trainer rank, which torchrun starts with this set; the engines are started without.
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    sync = sync_with(engines)
+    sync = sync_with(engines, bucket_bytes=16)
     sync.connect()
-    assert sync.push(4) == 4
-    expected = {name: tensor.float().tolist() for name, tensor in WEIGHTS}
-    for engine in engines:
-        assert engine.weights == expected
-        assert engine.version == "4"
+    for version in (4, 5):
+        assert sync.push(version) == version
+        expected = {name: tensor.float().tolist() for name, tensor in WEIGHTS}
+        for engine in engines:
+            assert engine.weights == expected
+            assert engine.version == str(version)
+            assert engine.num_buckets == 3
+            engine.weights, engine.num_buckets = {}, 0
+    assert sync.report.num_bytes == 6 * 4 + 5 * 2 + 9 * 4
     sync.close()
 
 
@@ -150,34 +186,25 @@ def test_two_engines_receive_every_tensor_and_report_the_version(monkeypatch):
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("refuses", "forming the weight-sync group.*no"),
-        ("absent", r"weight_sync.timeout_s=2\)"),
-        ("hangs", r"pushing weights of version 1.*weight_sync.timeout_s=2\)"),
-        ("fails", "pushing weights of version 1.*out of memory"),
-        ("forgets", "reports weight version 'default' after version 1"),
+        ("refuses", "forming the weight-sync group: fake://refuses: .*no"),
+        ("absent", r"forming.*fake://absent.*weight_sync.timeout_s=3\)"),
+        ("hangs", r"'deliver': bucket 0.*weight_sync.timeout_s=3\).*stay paused"),
+        ("fails", "'deliver': bucket 0.*fake://fails: .*out of memory"),
+        ("dies", r"'deliver': bucket 2 \(from c\).*fake://dies: .*connection lost"),
+        ("freezes", r"'deliver': bucket 2.*fake://freezes.*weight_sync.timeout_s=3\)"),
     ],
 )
 def test_failures_are_named_inside_the_deadline(mode, message):
-    engine = FakeEngine(mode)
-    sync = sync_with([engine], timeout_s=2.0 if mode in ("absent", "hangs") else 30.0)
-    started = time.monotonic()
+    engines = [FakeEngine(mode), FakeEngine()]
+    is_late = mode in ("absent", "hangs", "freezes")
+    sync = sync_with(engines, timeout_s=3.0 if is_late else 30.0, bucket_bytes=16)
     try:
         with pytest.raises(WeightSyncError, match=message):
             sync.connect()
+            started = time.monotonic()
             sync.push(1)
-        assert time.monotonic() - started < 30
+        if mode not in ("refuses", "absent"):
+            assert time.monotonic() - started < 30
     finally:
-        engine.end()
-
-
-def test_push_once_lets_only_the_first_through():
-    pushed = []
-
-    class Counter:
-        def push(self, version):
-            pushed.append(version)
-            return version
-
-    sync = PushOnce(Counter())
-    assert [sync.push(v) for v in (3, 4, 5)] == [3, 3, 3]
-    assert pushed == [3]
+        for engine in engines:
+            engine.end()

@@ -183,6 +183,7 @@ def join(folder: Callable[[], Path], node: Node, timeout_s: float) -> Link:
             )
             time.sleep(_POLL_S)
             continue
+        problem = "node 0 has no address on the interface that is named (net.interface)"
         for address in meeting["addresses"]:
             try:
                 connection = socket.create_connection(

@@ -23,6 +23,8 @@ FOLDER = Path("trace") / "spans"
 WRITE_EVERY_S = 1.0
 _RUN_FILE = "run.json"  # the supervisor writes it at the start of every attempt
 
+# `json.dumps` with separators makes an encoder for every call, which is most of its time.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
 _log = logging.getLogger(__name__)
 
 
@@ -94,7 +96,7 @@ def _us(seconds: float) -> int:
 def _line(span: Span) -> str:
     unit, row = span.track
     fields = (span.name, unit, row, _us(span.start_s), _us(span.end_s), span.notes)
-    return json.dumps(fields, separators=(",", ":")) + "\n"
+    return _encode(fields) + "\n"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ import asyncio
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -85,7 +86,7 @@ def _bare_receiver(rank: int, size: int, port: int, sizes: list[int], rounds: in
         port=port,
         world_size=size,
         backend="gloo",
-        name="raw",
+        name=f"raw{size}",
         timeout_s=LIMIT_S,
         rank=rank,
     )
@@ -116,7 +117,7 @@ def raw_broadcast_s(weights: dict[str, Tensor], bucket_bytes: int, num: int, rou
         port=port,
         world_size=num + 1,
         backend="gloo",
-        name="raw",
+        name=f"raw{num + 1}",
         timeout_s=LIMIT_S,
     )
     seconds = []
@@ -229,23 +230,20 @@ def measure(
 
 
 def main() -> None:
-    """Measure all transports and print one table, or one JSON object."""
+    """Measure all transports; progress goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--pushes", type=int, default=3)
     parser.add_argument("--bucket-mb", type=int, default=128)
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         result = run(Path(name), options)
     if options.json:
         print(json.dumps(result))
-        return
-    for key, values in result.items():
-        print(key, values if not isinstance(values, dict) else _rounded(values))
 
 
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -280,7 +278,7 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     num_bytes = sum(4 * tensor.numel() for tensor in weights.values())
     result: dict[str, Any] = {"bytes": num_bytes}
     version = 0
-    with sglang_servers(root / "start", root, max(options.servers)) as servers:
+    with sglang_servers(root / "start", root, max(options.servers), mem_fraction=0.3) as servers:
         for num in options.servers:
             raw_s = raw_broadcast_s(weights, bucket_bytes, num, options.pushes)
             for transport, verify, make in kinds:
@@ -291,7 +289,9 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
                     "bandwidth_ratio": raw_s / seen["push_s"],
                     "gb_s": num_bytes / seen["push_s"] / 1e9,
                 }
-                result[f"{transport}/{verify}/{num}"] = seen
+                key = f"{transport}/{verify}/{num}"
+                result[key] = seen
+                print(key, _rounded(seen), file=sys.stderr, flush=True)
     return result
 
 

@@ -25,7 +25,7 @@ _FUSED = {
 _BY_COLUMNS = {"o_proj", "down_proj"}
 _BY_VOCABULARY = {"embed_tokens", "lm_head"}
 _VOCABULARY_MULTIPLE = 64
-_CPU_FFN_MULTIPLE = 64
+_CPU_FFN_MULTIPLE = 32
 """For each rank. Source: SGLang 0.5.20, configs/update_config.py."""
 
 

@@ -44,7 +44,7 @@ class SglangServer:
 
 @contextlib.contextmanager
 def sglang_servers(
-    model: Path, folder: Path, count: int, **settings: float
+    model: Path, folder: Path, count: int, *, mem_fraction: float = 0.1
 ) -> Iterator[list[SglangServer]]:
     """`count` servers of `model` that generate; logs go to `folder`."""
     ports = free_ports("127.0.0.1", 2 * count)
@@ -57,10 +57,9 @@ def sglang_servers(
                 port=ports[2 * i],
                 internal_port=ports[2 * i + 1],
                 dtype="float32",
-                max_total_tokens=8192,
-                mem_fraction=0.1,
+                max_total_tokens=4096,
+                mem_fraction=mem_fraction,
                 api_key=KEY,
-                **settings,  # pyright: ignore[reportArgumentType]
             )
         )
         log = folder / f"engine-{i}.log"

@@ -160,10 +160,12 @@ def trainer_is_ready(run_dir: Path, num_ranks: int) -> bool:
     return len(ready) == num_ranks
 
 
-def trainer_has_not_begun(run_dir: Path) -> bool:
-    """Whether the first rank still loads, or waits for engines (which may be on other nodes)."""
-    ranks = [status for status in read_status(run_dir) if status.role == "trainer"]
-    return any(status.rank == 0 and status.phase in _NOTHING_TRAINED for status in ranks)
+def trainer_has_begun(run_dir: Path) -> bool | None:
+    """Whether the first rank has more than loaded and waited for engines; None if it is silent."""
+    for status in read_status(run_dir):
+        if status.role == "trainer" and status.rank == 0:
+            return status.phase not in _NOTHING_TRAINED
+    return None
 
 
 def _get(url: str, token: str, timeout_s: float) -> tuple[int, bytes]:

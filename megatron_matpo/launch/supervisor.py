@@ -24,7 +24,7 @@ from megatron_matpo.launch.console import Console, View
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
-from megatron_matpo.launch.roles import RoleSpec, trainer_has_not_begun
+from megatron_matpo.launch.roles import RoleSpec, trainer_has_begun
 from megatron_matpo.launch.stopping import STOPPED_EARLY, StopSignals
 from megatron_matpo.obs.failure import first_failure, write_reason
 from megatron_matpo.obs.progress import format_duration
@@ -154,7 +154,9 @@ class Supervisor:
             return True
         if self._save_until is not None or not self._meeting.node.is_leader:
             return False
-        return bool(self._waiting) or trainer_has_not_begun(self._run_dir)
+        has_begun = trainer_has_begun(self._run_dir)
+        # What was not ready when we looked last may have made a step since.
+        return bool(self._waiting) if has_begun is None else not has_begun
 
     def _on_children(self) -> int | None:
         roles = {role.name: role for role in self._roles}

@@ -77,6 +77,17 @@ def test_a_trainer_that_waits_for_engines_has_nothing_to_save(tmp_path):
     assert "SIGUSR1: stopping everything" in output
 
 
+def test_a_trainer_that_has_begun_saves_whatever_was_seen_before(tmp_path):
+    # As if its first step came between two looks of the supervisor: not known to be ready.
+    run = FakeRun(tmp_path, "trainer saves=0.3", SAVE_TIMEOUT_S="20")
+    run.wait_for_log("trainer", "hello")
+    PhaseWriter(tmp_path, "trainer", 0).set("train", 1)
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.wait()
+    assert code == 75, output
+    assert "stopped early, after saving" in output
+
+
 def test_a_trainer_that_fails_while_it_saves_is_a_failure(tmp_path):
     run = FakeRun(
         tmp_path, "engine-0 ready", "trainer ready exit_after=2.5 code=1", SAVE_TIMEOUT_S="20"

@@ -79,12 +79,6 @@ class EngineRates:
         """One prefill."""
         return self.prefill_base_s + self.prefill_token_s * new_tokens + self.prefill_pair_s * pairs
 
-    def alone_s(self, context_tokens: int, num_tokens: int, new_tokens: int) -> float:
-        """A whole generation on an engine with nothing else to do."""
-        pairs = new_tokens * (2 * context_tokens - new_tokens + 1) // 2
-        decode = Segment(self, 1, context_tokens + 1).seconds(num_tokens - 1)
-        return self.prefill_s(new_tokens, pairs) + decode
-
 
 def _interpolate(table: tuple[tuple[int, float], ...], size: int) -> float:
     """Linear between the table's rows; beyond its ends like the nearest two, never falling."""

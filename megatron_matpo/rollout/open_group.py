@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron_matpo.agents.sampling import Sampled, Sampler
 from megatron_matpo.rollout.scheduler import GroupJob
+from megatron_matpo.rollout.staleness import oldest_version
 from megatron_matpo.types import Episode, Group, PolicyVersion
 
 
@@ -27,25 +28,6 @@ class Taken:
     """Uninformative ones (`rollout.dynamic_sampling`)."""
 
 
-@dataclass(slots=True, eq=False)
-class OpenGroup:
-    """A group that is begun and not handed over."""
-
-    serial: int
-    """In the order of beginning."""
-    job: GroupJob
-    begun_at: PolicyVersion
-    finished: dict[int, Episode]
-    """By sample index."""
-    task: asyncio.Task[Group] | None = None
-    completed: int = -1
-    """In the order of completion; -1: not complete."""
-
-    def so_far(self) -> Group:
-        """With the episodes that have ended."""
-        return self.job.group([self.finished[index] for index in sorted(self.finished)])
-
-
 class WatchedSampler:
     """A sampler that remembers the oldest version among the tokens of an attempt."""
 
@@ -61,6 +43,47 @@ class WatchedSampler:
         known = [] if self.oldest is None else [self.oldest]
         self.oldest = min([*known, *(span.version for span in sampled.versions)], default=None)
         return sampled
+
+
+@dataclass(slots=True, eq=False)
+class OpenGroup:
+    """A group that is begun and not handed over."""
+
+    serial: int
+    """In the order of beginning."""
+    job: GroupJob
+    finished: dict[int, Episode]
+    """By sample index."""
+    begun_at: PolicyVersion | None = None
+    """Version that its first episode began with, or has tokens of; None: none has begun."""
+    watched: dict[str, WatchedSampler] = field(default_factory=dict[str, WatchedSampler])
+    """Of the running attempts, by episode id."""
+    task: asyncio.Task[Group] | None = None
+    completed: int = -1
+    """In the order of completion; -1: not complete."""
+
+    def watch(self, episode_id: str, policy: Sampler, version: PolicyVersion) -> WatchedSampler:
+        """The sampler of a new attempt, which has no old tokens, begun with `version`."""
+        if self.begun_at is None:
+            self.begun_at = version
+        watched = self.watched[episode_id] = WatchedSampler(policy)
+        return watched
+
+    def keep(self, episode: Episode) -> None:
+        """An episode has ended."""
+        self.finished[episode.sample_index] = episode
+        self.watched.pop(episode.id, None)
+
+    @property
+    def oldest(self) -> PolicyVersion | None:
+        """Version of the oldest token that is known and would be trained."""
+        versions = [oldest_version(episode) for episode in self.finished.values()]
+        versions += [item.oldest for item in self.watched.values()]
+        return min((version for version in versions if version is not None), default=None)
+
+    def so_far(self) -> Group:
+        """With the episodes that have ended."""
+        return self.job.group([self.finished[index] for index in sorted(self.finished)])
 
 
 def since(group: Group, shift_s: float) -> Group:

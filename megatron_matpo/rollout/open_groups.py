@@ -40,9 +40,9 @@ from megatron_matpo.obs.spans import Sink, recording
 from megatron_matpo.rewards.scorer import Scorer
 from megatron_matpo.rollout.failures import FailureBound
 from megatron_matpo.rollout.jobs import train_jobs
-from megatron_matpo.rollout.open_group import OpenGroup, Taken, WatchedSampler, since
+from megatron_matpo.rollout.open_group import OpenGroup, Taken, since
 from megatron_matpo.rollout.scheduler import GroupJob, Scheduler
-from megatron_matpo.rollout.staleness import oldest_version, staleness_metrics
+from megatron_matpo.rollout.staleness import staleness_metrics
 from megatron_matpo.types import Episode, Group, PolicyVersion, RolloutBatch
 
 Play = Callable[[Sampler, str, Question], Awaitable[EpisodeTree]]
@@ -86,7 +86,7 @@ class OpenGroups:
         self._play, self._policy, self._sink = play, policy, sink
         # Failures count per step, where groups are handed over.
         limits = replace(config.rollout, max_failed_frac=1.0)
-        self._scheduler = Scheduler(self._run_episode, scorer, limits)
+        self._scheduler = Scheduler(scorer, limits)
         prompts = config.data.prompts_per_step
         extra = math.ceil(config.rollout.over_sample * prompts)
         self._most_open = (config.rollout.max_staleness + 1) * prompts + extra
@@ -94,7 +94,6 @@ class OpenGroups:
         self._first: deque[tuple[GroupJob, dict[int, Episode]]] = deque()
         """Begun before further questions: what was refreshed, ended or in a checkpoint."""
         self._reserved: frozenset[str] = frozenset()
-        self._watched: dict[str, WatchedSampler] = {}
         self._news: list[OpenGroup] = []
         """Complete, and not looked at yet."""
         self._changed = asyncio.Event()
@@ -153,7 +152,7 @@ class OpenGroups:
         if self._handed is not None and self._handed.step > trained_step:
             untrained += self._handed.groups
         untrained += [item.so_far() for item in self._open.values()]
-        untrained += [OpenGroup(0, job, 0, finished).so_far() for job, finished in self._first]
+        untrained += [OpenGroup(0, job, finished).so_far() for job, finished in self._first]
         return RolloutBatch(trained_step, self._version, tuple(untrained), {}, self._position)
 
     def restore(self, saved: RolloutBatch) -> None:
@@ -228,13 +227,13 @@ class OpenGroups:
                 return uid
 
     def _begin(self, job: GroupJob, finished: dict[int, Episode]) -> None:
-        versions = [v for v in map(oldest_version, finished.values()) if v is not None]
-        begun_at = min([self._version, *versions])
-        item = OpenGroup(self._serial, job, begun_at, finished)
+        item = OpenGroup(self._serial, job, finished)
+        item.begun_at = item.oldest
         self._serial += 1
 
-        def keep(episode: Episode) -> None:
-            item.finished[episode.sample_index] = episode
+        async def run(episode_id: str, question: Question) -> EpisodeTree:
+            watched = item.watch(episode_id, self._policy(self._version), self._version)
+            return await self._play(watched, episode_id, question)
 
         def end(task: asyncio.Task[Group]) -> None:
             self._cancelled.discard(task)
@@ -244,21 +243,14 @@ class OpenGroups:
 
         with recording(self._sink) if self._sink is not None else nullcontext():
             item.task = asyncio.create_task(
-                self._scheduler.run_group(job, dict(finished), keep), name=job.uid
+                self._scheduler.run_group(job, run, dict(finished), item.keep), name=job.uid
             )
         item.task.add_done_callback(end)
         self._open[item.serial] = item
 
-    async def _run_episode(self, episode_id: str, question: Question) -> EpisodeTree:
-        """One attempt; a fresh one has no old tokens."""
-        watched = self._watched[episode_id] = WatchedSampler(self._policy(self._version))
-        return await self._play(watched, episode_id, question)
-
     def _remove(self, item: OpenGroup) -> None:
         """Forget a group; what still runs of it is cancelled."""
         del self._open[item.serial]
-        for index in range(item.job.num_samples):
-            self._watched.pop(f"{item.job.uid}.{index}", None)
         if item.task is not None and not item.task.done():
             self._cancelled.add(item.task)
             item.task.cancel()
@@ -289,15 +281,12 @@ class OpenGroups:
 
     def _is_stale(self, item: OpenGroup) -> bool:
         """Whether the group has a token that is too old for this step and so for all later ones."""
-        versions = [oldest_version(episode) for episode in item.finished.values()]
-        versions += [
-            watched.oldest
-            for index in range(item.job.num_samples)
-            if index not in item.finished
-            and (watched := self._watched.get(f"{item.job.uid}.{index}")) is not None
-        ]
-        oldest = min((version for version in versions if version is not None), default=None)
+        oldest = item.oldest
         return oldest is not None and oldest < self._version - self._bound
+
+    def _is_due(self, item: OpenGroup) -> bool:
+        """Whether the group has, or may come to have, tokens too old for the next step."""
+        return item.begun_at is not None and item.begun_at <= self._version - self._bound
 
     def _leave_stale(self, item: OpenGroup) -> None:
         self._remove(item)
@@ -314,15 +303,14 @@ class OpenGroups:
         they are waited for, as far as they fit.
         """
         num = self._config.data.prompts_per_step
-        last = self._version - self._bound
         complete = [item for item in self._open.values() if item.completed >= 0]
-        due = [item for item in complete if item.begun_at <= last]
+        due = [item for item in complete if self._is_due(item)]
         is_waiting = self._config.rollout.on_stale == "wait" and any(
-            item.completed < 0 and item.begun_at <= last for item in self._open.values()
+            item.completed < 0 and self._is_due(item) for item in self._open.values()
         )
         if len(complete) < num or (is_waiting and len(due) < num):
             return None
-        order = sorted(complete, key=lambda item: (item.begun_at > last, item.completed))
+        order = sorted(complete, key=lambda item: (not self._is_due(item), item.completed))
         return sorted(order[:num], key=lambda item: item.serial)
 
     def _hand_over(self, chosen: Sequence[OpenGroup]) -> Taken:

@@ -69,9 +69,8 @@ class GroupJob:
 class Scheduler:
     """Runs the jobs of one step, or groups that outlive steps."""
 
-    def __init__(self, run_episode: RunEpisode, scorer: Scorer, config: RolloutConfig) -> None:
+    def __init__(self, scorer: Scorer, config: RolloutConfig) -> None:
         """`config` bounds concurrency, retries and failures."""
-        self._run_episode = run_episode
         self._scorer = scorer
         self._config = config
         self._gate = asyncio.Semaphore(config.max_concurrent_episodes)
@@ -79,7 +78,7 @@ class Scheduler:
         """`Episode.start_s` counts from here."""
         self._failures = FailureBound(config)
 
-    async def run(self, jobs: Sequence[GroupJob]) -> list[Group]:
+    async def run(self, jobs: Sequence[GroupJob], run_episode: RunEpisode) -> list[Group]:
         """All groups, in the order of `jobs`. Cancelling it cancels every episode.
 
         Further calls are further rounds of the same step: failures add up.
@@ -92,18 +91,25 @@ class Scheduler:
         self._failures.expect(sum(job.num_samples for job in jobs))
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._group(job, {}, _ignore)) for job in jobs]
+                tasks = [
+                    group.create_task(self._group(job, run_episode, {}, _ignore)) for job in jobs
+                ]
         except* RolloutError as errors:
             raise errors.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def run_group(
-        self, job: GroupJob, known: Mapping[int, Episode], on_episode: Callable[[Episode], None]
+        self,
+        job: GroupJob,
+        run_episode: RunEpisode,
+        known: Mapping[int, Episode],
+        on_episode: Callable[[Episode], None],
     ) -> Group:
         """One group, which no step waits for yet; cancelling it cancels its episodes.
 
         Args:
             job: the question.
+            run_episode: runs one attempt, as soon as there is a place for it.
             known: episodes that it has already, by sample index; the others are run.
             on_episode: called with every other one as it ends.
 
@@ -111,15 +117,19 @@ class Scheduler:
             RolloutError: as `run`.
         """
         self._failures.expect(job.num_samples)
-        return await self._group(job, known, on_episode)
+        return await self._group(job, run_episode, known, on_episode)
 
     async def _group(
-        self, job: GroupJob, known: Mapping[int, Episode], on_episode: Callable[[Episode], None]
+        self,
+        job: GroupJob,
+        run_episode: RunEpisode,
+        known: Mapping[int, Episode],
+        on_episode: Callable[[Episode], None],
     ) -> Group:
         async def one(index: int) -> Episode:
             if index in known:
                 return known[index]
-            episode = await self._episode(job, index)
+            episode = await self._episode(job, index, run_episode)
             on_episode(episode)
             return episode
 
@@ -130,10 +140,12 @@ class Scheduler:
             raise errors.exceptions[0] from None
         return job.group([task.result() for task in tasks])
 
-    async def _run_to_tree(self, episode_id: str, question: Question) -> EpisodeTree:
+    async def _run_to_tree(
+        self, run_episode: RunEpisode, episode_id: str, question: Question
+    ) -> EpisodeTree:
         """Run an episode; what it raises becomes its status, so that it never ends the step."""
         try:
-            return await self._run_episode(episode_id, question)
+            return await run_episode(episode_id, question)
         except Exception as error:
             _log.exception("episode %s", episode_id)
             planner = Trajectory(
@@ -150,12 +162,14 @@ class Scheduler:
             )
             return EpisodeTree(planner, (), "")
 
-    async def _episode(self, job: GroupJob, sample_index: int) -> Episode:
+    async def _episode(self, job: GroupJob, sample_index: int, run_episode: RunEpisode) -> Episode:
         episode_id = f"{job.uid}.{sample_index}"
         async with place(self._gate, "wait for a slot", (episode_id, "queue")):
             start_s = time.monotonic() - self.began_s
             with span("episode", (episode_id, "")) as running:
-                tree, num_retries = await self._run_with_retries(episode_id, job.question)
+                tree, num_retries = await self._run_with_retries(
+                    run_episode, episode_id, job.question
+                )
         score, failure = Score(), f"{tree.planner.status}: {tree.planner.error}"
         with span("score", (episode_id, "score")) as scoring:
             if tree.planner.status not in INFRASTRUCTURE_FAILURES:
@@ -178,12 +192,12 @@ class Scheduler:
         )
 
     async def _run_with_retries(
-        self, episode_id: str, question: Question
+        self, run_episode: RunEpisode, episode_id: str, question: Question
     ) -> tuple[EpisodeTree, int]:
         """What the last attempt left behind, and how many came before it."""
         num_retries = 0
         while True:
-            tree = await self._run_to_tree(episode_id, question)
+            tree = await self._run_to_tree(run_episode, episode_id, question)
             status = tree.planner.status
             note(status=str(status), retries=num_retries)
             if status not in INFRASTRUCTURE_FAILURES:

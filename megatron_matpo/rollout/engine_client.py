@@ -27,6 +27,8 @@ PauseMode = Literal["abort", "retract", "in_place"]
 
 _POLL_S = 0.25
 _HEALTH_LIMIT_S = 10.0
+# A decode step or two.
+_ABORTED_S = 0.05
 _REQUEST_SETTING = "rollout.request_timeout_s"
 
 
@@ -136,14 +138,20 @@ class EngineClient(EngineHttp):
     async def pause(self, *, mode: PauseMode = "abort", deadline_s: float) -> None:
         """Stop sampling; new requests wait until `resume`, control requests are still served.
 
-        `abort` ends running requests with what they have; `retract` puts them back into the queue
-        and forgets their KV cache; `in_place` freezes them with it. If requests were running, only
-        `abort` allows the cache to be flushed: SGLang 0.5.20 ends its scheduler with an assertion
-        when an update that flushes meets a request that waits.
+        `abort` ends running requests with what they have; they are told so before and given a
+        moment, because SGLang itself would look again only after a second (measured: 1.00 s against
+        0.06 s). `retract` puts them back into the queue and forgets their KV cache; `in_place`
+        freezes them with it. If requests were running, only `abort` allows the cache to be flushed:
+        SGLang 0.5.20 ends its scheduler with an assertion when an update that flushes meets a
+        request that waits.
 
         Raises:
             EngineError: as `generate`.
         """
+        if mode == "abort":
+            body = orjson.dumps({"rid": "", "abort_all": True})
+            await self._ask("POST", "/abort_request", body, deadline_s)
+            await asyncio.sleep(_ABORTED_S)
         await self._ask("POST", "/pause_generation", orjson.dumps({"mode": mode}), deadline_s)
 
     async def resume(self, *, deadline_s: float) -> None:

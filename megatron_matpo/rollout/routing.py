@@ -12,6 +12,7 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +34,8 @@ _FINISHED = ("stop", "length", ABORT)
 # A paused engine holds requests back instead of ending them again and again; one that ends this
 # many in a row without a token is broken.
 _MAX_EMPTY = 8
+# Before a turn that was ended is sent again: the engine that ended it is about to pause.
+_RESEND_S = 0.25
 
 Params = TypeVar("Params", contravariant=True)
 
@@ -194,6 +197,8 @@ class StepSampler(Generic[Params]):
                 num_empty = 0 if piece.token_ids else num_empty + 1
                 if num_empty > _MAX_EMPTY:
                     raise EngineRejected(f"engine {index} ended {num_empty} requests at once")
+                if ended == ABORT:
+                    await asyncio.sleep(_RESEND_S)
             except EngineError as error:
                 ended = turn.add(error.sampled) if isinstance(error, BrokenGeneration) else ABORT
                 tried.append(index)

@@ -35,6 +35,11 @@ class Server:
         return FakeGeneration((1, 2), (-0.5, -0.5), self.finish_reason, spans)
 
 
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_matpo.rollout.routing._RESEND_S", 0.0)
+
+
 def router_of(*servers: Server, clock: list[float] | None = None) -> Router:
     now = clock if clock is not None else [0.0]
     return Router(servers, lambda max_tokens: max_tokens, (99,), lambda: now[0])

@@ -2,9 +2,9 @@
 
     python -m benchmarks.decoding_engine --rates JSON --num 2   (prints their ports)
 
-A generation is as long as its `max_new_tokens`. Up to `slots` sequences are decoded together, one
-token of each per step of `base_s + per_sequence_s * sequences` seconds; the others wait in the order
-in which they came. `POST /pause_generation` with mode `abort` ends what runs or waits with what it
+A generation is as long as its `max_new_tokens`. Up to `slots` sequences are decoded together, a
+token of each in `base_s + per_sequence_s * sequences` seconds; the others wait in the order in
+which they came. `POST /pause_generation` with mode `abort` ends what runs or waits with what it
 has, as SGLang 0.5.20 does; requests that come during a pause wait for `/continue_generation`.
 `POST /version` gives later tokens another policy version.
 """
@@ -74,6 +74,7 @@ class DecodingEngine:
         """The aiohttp application."""
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/generate", self.generate)
+        app.router.add_post("/abort_request", self.abort)
         app.router.add_post("/pause_generation", self.pause)
         app.router.add_post("/continue_generation", self.resume)
         app.router.add_post("/version", self.set_version)
@@ -96,14 +97,18 @@ class DecodingEngine:
             body=_answer(sequence.versions, reason), content_type="application/json"
         )
 
+    async def abort(self, request: web.Request) -> web.StreamResponse:
+        """End everything with what it has."""
+        for sequence in (*self._running, *self._waiting):
+            _end(sequence, "abort")
+        self._running, self._waiting = [], deque()
+        return web.json_response({})
+
     async def pause(self, request: web.Request) -> web.StreamResponse:
         """End everything (`abort`) or freeze it; what comes now waits."""
-        mode = orjson.loads(await request.read())["mode"]
         self._may_run.clear()
-        if mode == "abort":
-            for sequence in (*self._running, *self._waiting):
-                _end(sequence, "abort")
-            self._running, self._waiting = [], deque()
+        if orjson.loads(await request.read())["mode"] == "abort":
+            return await self.abort(request)
         return web.json_response({})
 
     async def resume(self, request: web.Request) -> web.StreamResponse:

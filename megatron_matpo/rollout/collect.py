@@ -31,7 +31,7 @@ from megatron_matpo.obs.spans import recording
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rewards.scorer import Scorer
 from megatron_matpo.rollout.jobs import eval_jobs, train_jobs
-from megatron_matpo.rollout.lasting import LastingRollout
+from megatron_matpo.rollout.lasting import LastingRollout, MovingPolicy
 from megatron_matpo.rollout.metrics import MeteredToolBox, refill_metrics, rollout_metrics
 from megatron_matpo.rollout.open_groups import OpenGroups
 from megatron_matpo.rollout.refill import Collected, collect_groups
@@ -53,7 +53,7 @@ class RolloutManager:
         chat: Chat,
         questions: Mapping[str, Sequence[Question]],
         judge: Judge | None = None,
-        follow: Callable[[], Sampler] | None = None,
+        moving: MovingPolicy | None = None,
     ) -> None:
         """Check that the parts fit together.
 
@@ -64,15 +64,15 @@ class RolloutManager:
             chat: the policy's chat rendering.
             questions: rows by split: `train`, and the names of the evaluation sets.
             judge: an entered judge, if `reward.grader` is `judge`.
-            follow: the policy as it changes, for the episodes that outlive a step
-                (`routing.Router.follower`); needed with `rollout.max_staleness`.
+            moving: the policy as it changes, for the episodes that outlive a step
+                (`routing.Router`); needed with `rollout.max_staleness`.
 
         Raises:
             ConfigError: an allow-list or the grader names something that does not exist, or the
                 rows' system prompts, which the planner is to have, offer what it may not call.
         """
         self._config = config
-        self._sampler_for, self._follow = sampler_for, follow
+        self._sampler_for, self._moving = sampler_for, moving
         self._tools = tools
         self._chat = chat
         self._questions = questions
@@ -177,6 +177,7 @@ class RolloutManager:
 
     def _make_lasting(self) -> LastingRollout:
         config = self._config
+        moving = self._moving if config.rollout.max_staleness > 0 else None
         tools, scorer = MeteredToolBox(self._tools), Scorer(config, self._judge)
         driver = Driver(self._roster, self._chat, tools, self._limits)
 
@@ -184,15 +185,12 @@ class RolloutManager:
             return await driver.run(sampler, episode_id, question.system, question.user)
 
         def policy(version: PolicyVersion) -> Sampler:
-            if config.rollout.max_staleness == 0:
-                return self._sampler_for(version)
-            assert self._follow is not None, "asynchronous runs need a policy that follows"
-            return self._follow()
+            return self._sampler_for(version) if moving is None else moving.follower()
 
         trace = StepTrace(Path(config.run_dir), self._attempt, config.obs.trace_every)
         sink = trace if config.obs.trace_every else None
         groups = OpenGroups(config, self._rows(TRAIN_SPLIT), play, policy, scorer, sink)
-        return LastingRollout(config, groups, tools, scorer, trace)
+        return LastingRollout(config, groups, tools, scorer, trace, moving)
 
     async def _keep(self, batch: RolloutBatch, split: str = TRAIN_SPLIT) -> None:
         """Record a training step, and log what any step was."""

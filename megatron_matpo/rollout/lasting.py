@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from megatron_matpo.agents.sampling import Sampler
 from megatron_matpo.config.root import Config
 from megatron_matpo.rewards.scorer import Scorer
 from megatron_matpo.rollout.metrics import MeteredToolBox, discard_metrics, rollout_metrics
 from megatron_matpo.rollout.open_groups import OpenGroups
 from megatron_matpo.rollout.step_trace import StepTrace
 from megatron_matpo.types import PolicyVersion, RolloutBatch
+
+
+class MovingPolicy(Protocol):
+    """Engines whose weights change while they sample (`routing.Router`)."""
+
+    def expect(self, version: PolicyVersion) -> None:
+        """From now on an engine may serve up to `version`."""
+        ...
+
+    def follower(self) -> Sampler:
+        """The policy as it is when it samples, for one episode."""
+        ...
 
 
 class LastingRollout:
@@ -20,9 +35,10 @@ class LastingRollout:
         tools: MeteredToolBox,
         scorer: Scorer,
         trace: StepTrace,
+        policy: MovingPolicy | None,
     ) -> None:
-        """`tools`, `scorer` and `trace` are those that `groups` use."""
-        self._config = config
+        """`tools`, `scorer`, `trace` and `policy` are those that `groups` use."""
+        self._config, self._policy = config, policy
         self.groups = groups
         self._tools, self._scorer, self._trace = tools, scorer, trace
         self._last: RolloutBatch | None = None
@@ -31,6 +47,9 @@ class LastingRollout:
         """As `OpenGroups.collect`, as a batch; asked again, it is the same one."""
         if self._last is not None and self._last.step == step:
             return self._last
+        if self._policy is not None:
+            # The trainer pushes the next version before it asks again, in the middle of turns.
+            self._policy.expect(version + 1)
         self._trace.open(step)
         taken = await self.groups.collect(step, version, position)
         self._trace.open(step + 1)

@@ -37,11 +37,22 @@ class MovingPolicy:
     pushed_s: list[float] = field(default_factory=lambda: [0.0])
     first_version: int = 0
     num_running: int = 0
+    expected: int = 0
     asked: list[str] = field(default_factory=list)
 
     def push(self) -> None:
         """The next version from now on."""
         self.pushed_s.append(asyncio.get_running_loop().time())
+
+    def expect(self, version: int) -> None:
+        self.expected = version
+
+    def follower(self) -> MovingPolicy:
+        return self
+
+    def sampler(self, version: int) -> MovingPolicy:
+        self.expect(version)
+        return self
 
     @property
     def version(self) -> int:
@@ -63,6 +74,7 @@ class MovingPolicy:
             self.first_version - 1 + bisect_right(self.pushed_s, start + (i + 0.5) * seconds / n)
             for i, n in enumerate([len(out)] * len(out))
         ]
+        assert max(versions, default=0) <= self.expected, "nobody said that this version may come"
         spans = tuple(VersionSpan(v, len(list(group))) for v, group in groupby(versions))
         return FakeGeneration(tuple(out), (-0.5,) * len(out), "stop", spans)
 
@@ -83,11 +95,11 @@ def manager_of(config: Config, policy: MovingPolicy, num_rows: int = 11) -> Roll
     questions = {"train": [make_question(f"Who is {i}?") for i in range(num_rows)]}
     return RolloutManager(
         config,
-        lambda version: policy,
+        policy.sampler,
         FakeToolBox(),
         make_chat(),
         questions,
-        follow=lambda: policy,
+        moving=policy,
     )
 
 

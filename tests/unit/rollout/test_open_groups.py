@@ -91,9 +91,7 @@ def test_a_bound_of_0_is_the_synchronous_step() -> None:
         failed.clear()
         turns: dict[str, int] = {}
         policy = MovingPolicy(drawn(3), lambda conversation: script(conversation, turns))
-        manager = RolloutManager(
-            config, lambda version: policy, FakeToolBox(), make_chat(), questions
-        )
+        manager = RolloutManager(config, policy.sampler, FakeToolBox(), make_chat(), questions)
         if lasting:
             manager.restore(RolloutBatch(0, 0, (), {}, 0))
         return run(train(manager, policy, 6))[0]

@@ -6,6 +6,12 @@ _TRAINED = "over the step's sampled tokens, scored episodes"
 
 ASYNC_METRICS: tuple[tuple[str, str, str, str], ...] = (
     (
+        "mismatch/current",
+        "nat",
+        "mean over the trained tokens that the trained weights sampled, all ranks",
+        "`mismatch/abs_logprob` without tokens of older weights; only in steps that have such.",
+    ),
+    (
         "rollout/staleness_mean",
         "versions",
         f"mean {_TRAINED}",

@@ -97,6 +97,7 @@ METRICS: tuple[MetricSpec, ...] = (
         "The same for planners and for workers; absent without trained tokens of the role.",
     ),
     MetricSpec("mismatch/k3/*", "nat", _TOKENS_OF_ROLE, "The same for planners and for workers."),
+    *(MetricSpec(*row) for row in ASYNC_METRICS),
     MetricSpec("mismatch/*", "", _TOKENS, "Other measures of the engine-trainer difference."),
     _required("loss/policy", "", "mean over the step's updates", "Policy loss that was minimised."),
     MetricSpec(
@@ -270,7 +271,6 @@ METRICS: tuple[MetricSpec, ...] = (
         "sum",
         "Uninformative groups that others replaced; in no other metric of the rollout.",
     ),
-    *(MetricSpec(*row) for row in ASYNC_METRICS),
     MetricSpec("rollout/*", "", "as the manager states", "Other numbers of the rollout."),
     MetricSpec("tools/calls", "count", "sum", "Calls to tool servers."),
     MetricSpec("tools/errors", "count", "sum", "Replies that the tool marked as errors."),

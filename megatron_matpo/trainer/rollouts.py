@@ -76,6 +76,8 @@ class ManagerRollouts:
         )
         self._share, self._run_dir = share, run_dir
         self._is_first_rank = is_first_rank
+        self._outlive = config.max_staleness > 0 or config.over_sample > 0
+        """Whether groups may be in flight between steps."""
 
     def connect(self) -> None:
         """Wait until the manager and its tool servers are ready (rank 0; elsewhere nothing).
@@ -95,6 +97,7 @@ class ManagerRollouts:
         path = checkpoint / IN_FLIGHT if checkpoint is not None else None
         if self._is_first_rank and path is not None and path.is_file():
             self._client.restore(path.read_bytes())
+            self._outlive = True
 
     def in_flight(self, step: int) -> bytes:
         """Groups that are begun and not trained, as the manager gives them.
@@ -102,7 +105,9 @@ class ManagerRollouts:
         Raises:
             RolloutError, DeadlineError: as `collect`.
         """
-        return self._client.in_flight(step) if self._is_first_rank else b""
+        if not self._is_first_rank or not self._outlive:
+            return b""
+        return self._client.in_flight(step)
 
     def collect(
         self, step: int, version: PolicyVersion, split: str = "train", *, position: int = 0

@@ -12,7 +12,7 @@ from megatron_matpo.algo.advantages import num_uninformative_groups
 from megatron_matpo.checkpoint_files import IN_FLIGHT
 from megatron_matpo.config import Config
 from megatron_matpo.data.schedule import num_trained_tokens
-from megatron_matpo.errors import CheckpointError, ConfigError
+from megatron_matpo.errors import CheckpointError, ConfigError, RolloutError
 from megatron_matpo.evaluation.inputs import FOLDER as EVALUATIONS
 from megatron_matpo.evaluation.results import episode_results
 from megatron_matpo.evaluation.summary import metrics, summarize
@@ -220,23 +220,30 @@ class Run:
         """
         last = progress.step == self.config.run.steps
         if last or is_due(self.config.checkpoint.every, progress.step):
-            self._save(progress)
+            self._save(progress, self.rollouts.in_flight(progress.step))
         else:
             self.actor.poll_save()
 
     def stop_early(self, progress: Progress) -> None:
-        """Save what is not saved yet, and close everything; the same command goes on from here."""
+        """Save what is not saved yet, and close everything; the same command goes on from here.
+
+        A scheduler that stops a job may have ended the manager before: the weights are saved
+        nevertheless, and the questions in flight are lost.
+        """
         if progress.step > self.saved_step:
-            self._save(progress)
+            try:
+                in_flight = self.rollouts.in_flight(progress.step)
+            except RolloutError as error:
+                _log.warning("groups in flight are not in the last checkpoint: %s", error)
+                in_flight = b""
+            self._save(progress, in_flight)
         self.clock.enter("checkpoint")
         self.actor.finish_save()
         self._close()
         self.clock.enter(STOPPED_PHASE)
 
-    def _save(self, progress: Progress) -> None:
-        save_progress(
-            self.actor, self.run_dir, progress, self.clock, self.rollouts.in_flight(progress.step)
-        )
+    def _save(self, progress: Progress, in_flight: bytes) -> None:
+        save_progress(self.actor, self.run_dir, progress, self.clock, in_flight)
         self.saved_step = progress.step
 
     def evaluate_start(self, progress: Progress, version: PolicyVersion) -> None:

@@ -17,6 +17,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult
 from megatron_matpo.trainer.loop import train
 from megatron_matpo.trainer.run import Run
+from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.trainer.throughput import Throughput
 from tests.helpers.episodes import make_batch
 
@@ -139,3 +140,20 @@ def test_groups_in_flight_are_in_the_checkpoint_and_go_back_before_the_first_col
     assert first.asked[0] is None
     assert second.asked[0] == tmp_path / "step_3" and second.asked[1][0] == 4
     assert actor.further == {"in_flight.rollout": b"after 8"}
+
+
+def test_a_stop_saves_although_the_manager_is_gone(tmp_path):
+    class Gone(StubRollouts):
+        def collect(self, step, version, split="train", *, position=0):
+            if step == 5:
+                raise StopRequested
+            return super().collect(step, version, split, position=position)
+
+        def in_flight(self, step):
+            if step == 4:
+                raise RolloutError("groups in flight: the rollout manager broke off")
+            return b"groups"
+
+    actor = StubActor()
+    run(actor, Gone(), tmp_path)
+    assert json.loads(actor.saved)["step"] == 4 and actor.further == {}

@@ -64,9 +64,9 @@ def server():
         server.shutdown()
 
 
-def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, start_timeout_s=1.0):
+def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, start_timeout_s=1.0, **config):
     return ManagerRollouts(
-        RolloutConfig(step_timeout_s=step_timeout_s),
+        RolloutConfig(step_timeout_s=step_timeout_s, **config),
         f"http://127.0.0.1:{server.server_port}",
         "secret-token",
         lambda data: data,
@@ -135,10 +135,13 @@ def test_a_request_to_stop_ends_the_wait_for_a_batch(server, tmp_path):
 
 def test_groups_in_flight_come_from_the_manager_and_go_back_to_it(server, tmp_path):
     source = rollouts(server)
-    assert source.in_flight(7) == b"/in_flight?step=7"
+    assert source.in_flight(7) == b"", "a synchronous run has nothing in flight, and asks nobody"
+    assert rollouts(server, max_staleness=1).in_flight(7) == b"/in_flight?step=7"
+    assert rollouts(server, over_sample=0.5).in_flight(7) == b"/in_flight?step=7"
     source.restore(None)
     source.restore(tmp_path)  # the checkpoint of a synchronous run
     assert server.requests == []
     (tmp_path / "in_flight.rollout").write_bytes(b"groups")
     source.restore(tmp_path)
     assert server.requests == [("Bearer secret-token", b"groups")]
+    assert source.in_flight(8) == b"/in_flight?step=8", "some of them may be left"

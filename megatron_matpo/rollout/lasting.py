@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Protocol
 
 from megatron_matpo.agents.sampling import Sampler
@@ -42,26 +43,32 @@ class LastingRollout:
         self.groups = groups
         self._tools, self._scorer, self._trace = tools, scorer, trace
         self._last: RolloutBatch | None = None
+        self._one_at_a_time = asyncio.Lock()
 
     async def collect(self, step: int, version: PolicyVersion, position: int) -> RolloutBatch:
-        """As `OpenGroups.collect`, as a batch; asked again, it is the same one."""
-        if self._last is not None and self._last.step == step:
+        """As `OpenGroups.collect`, as a batch; asked again, also meanwhile, it is the same one."""
+        async with self._one_at_a_time:
+            if self._last is None or self._last.step != step:
+                self._last = await self._collect(step, version, position)
             return self._last
+
+    async def _collect(self, step: int, version: PolicyVersion, position: int) -> RolloutBatch:
         if self._policy is not None:
             # The trainer pushes the next version before it asks again, in the middle of turns.
             self._policy.expect(version + 1)
         self._trace.open(step)
         taken = await self.groups.collect(step, version, position)
-        self._trace.open(step + 1)
+        if step < self._config.run.steps:
+            self._trace.open(step + 1)
+        else:
+            self._trace.close()
         metrics = rollout_metrics(taken.groups, taken.seconds)
         metrics |= self._tools.metrics() | self._scorer.metrics() | taken.metrics
         if self._config.rollout.dynamic_sampling:
             metrics |= discard_metrics(taken.discarded)
         self._tools.restart()
         self._scorer.restart()
-        batch = RolloutBatch(step, version, tuple(taken.groups), metrics, taken.next_position)
-        self._last = batch
-        return batch
+        return RolloutBatch(step, version, tuple(taken.groups), metrics, taken.next_position)
 
     async def close(self) -> None:
         """End the episodes, and then the trace."""

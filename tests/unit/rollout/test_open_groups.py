@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -19,6 +21,7 @@ from megatron_matpo import wire
 from megatron_matpo.data.dataset import prompts_from
 from megatron_matpo.errors import DataError, EngineRejected, RolloutError
 from megatron_matpo.obs import metrics as registry
+from megatron_matpo.obs.span_files import read_spans, traced_steps
 from megatron_matpo.rollout import scheduler
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.types import Group, RolloutBatch
@@ -384,3 +387,70 @@ def test_uninformative_groups_make_way_while_the_step_is_open() -> None:
     assert all(group.is_informative for group in all_groups(batches))
     assert batches[0].metrics["rollout/discarded_groups"] == 2.0
     assert batches[0].next_position == 8
+
+
+def test_deadlines_hold_across_steps_and_pushes() -> None:
+    """The clock of an episode runs on while steps end and weights change."""
+    config = single_agent(
+        num_samples=1, max_staleness=3, episode_timeout_s=4.5, max_episode_retries=0
+    )
+    config = replace(config, rollout=replace(config.rollout, max_failed_frac=0.5))
+    policy = MovingPolicy(lambda conversation: 50.0 if conversation == "train-1-0.0.p" else 1.0)
+    manager = manager_of(config, policy, NUM_ROWS)
+    batches, end_s = run(train(manager, policy, 6))
+    (late,) = [e for group in all_groups(batches) for e in group.episodes if e.failure]
+    assert late.id == "train-1-0.0" and late.failure.startswith("deadline: no end after 4.5 s")
+    assert late.reward is None
+    step = next(batch for batch in batches if batch.metrics["rollout/failed"])
+    assert step.step > 1 and end_s < 50
+
+
+def test_asked_twice_at_the_same_time_a_step_is_handed_over_once() -> None:
+    config = single_agent(max_staleness=1)
+    policy = MovingPolicy(drawn(2))
+    manager = manager_of(config, policy, NUM_ROWS)
+
+    async def work() -> None:
+        first, second = await asyncio.gather(manager.collect(1, 0), manager.collect(1, 0))
+        assert first is second
+        await manager.close()
+
+    run(work())
+
+
+def test_a_traced_step_has_what_ended_since_the_step_before(tmp_path: Path) -> None:
+    config = single_agent(num_samples=1, max_staleness=1)
+    config = replace(
+        config,
+        run=replace(config.run, dir=str(tmp_path), steps=3),
+        obs=replace(config.obs, trace_every=1),
+    )
+    policy = MovingPolicy(drawn(2))
+    manager = manager_of(config, policy, NUM_ROWS)
+
+    async def work() -> list[RolloutBatch]:
+        batches = await train(manager, policy, 3)
+        await manager.close()
+        return batches
+
+    batches, _ = run(work())
+    run_dir = Path(config.run_dir)
+    end_s = time.monotonic() + 10
+    while time.monotonic() < end_s and len(spans_by_step(run_dir)) < 9:
+        time.sleep(0.05)
+    found = spans_by_step(run_dir)
+    assert traced_steps(run_dir) == [1, 2, 3]
+    for batch in batches:
+        for group in batch.groups:
+            assert found[group.episodes[0].id] <= batch.step
+
+
+def spans_by_step(run_dir: Path) -> dict[str, int]:
+    """Episode -> the step in whose trace it is."""
+    return {
+        span.unit: step
+        for step in traced_steps(run_dir)
+        for file in read_spans(run_dir, step)
+        for span in file.spans
+        if span.name == "episode"
+    }

@@ -155,6 +155,9 @@ class EngineClient(EngineHttp):
         sent = "retract" if mode == "abort" else mode
         await self._ask("POST", "/pause_generation", orjson.dumps({"mode": sent}), deadline_s)
         if mode == "abort":
+            # SGLang 0.5.20 breaks an answer off if its last part meets one that is still to be sent
+            # (KeyError in _coalesce_streaming_chunks), so what was sampled gets out first.
+            await asyncio.sleep(_ABORTED_S)
             await self._abort_all(deadline_s)
 
     async def _abort_all(self, deadline_s: float) -> None:

@@ -204,6 +204,7 @@ class Scheduler:
                 return tree, num_retries
             if num_retries >= self._config.max_episode_retries:
                 return tree, num_retries
+            _log.info("episode %s begins anew: %s: %s", episode_id, status, tree.planner.error)
             with span("pause before a retry", after=str(status)):
                 await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
             num_retries += 1

@@ -22,6 +22,7 @@ from megatron_matpo.config.validate_algo import check_algo, warn_algo
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_lora import check_lora, check_lora_model
+from megatron_matpo.config.validate_placement import check_shared
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
 from megatron_matpo.config.validate_train import TRAIN_AT_LEAST, TRAIN_CHOICES, check_train
@@ -38,7 +39,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.call_format": ("mcp_xml", "tool_call"),
     "reward.grader": GRADERS,
     "reward.judge.max_tokens_field": ("max_tokens", "max_completion_tokens"),
-    "weight_sync.transport": ("broadcast", "disk", "none"),
+    "weight_sync.transport": ("auto", "broadcast", "ipc", "disk", "none"),
     "weight_sync.verify": ("full", "sample", "version"),
     "cluster.placement": ("disaggregated", "colocated"),
     "algo.baseline": ("group_mean", "leave_one_out"),
@@ -288,11 +289,8 @@ def check_supported(config: Config, command: Command) -> Iterator[str]:
             "step's tokens come from the newest weights) is supported by a run; planning and dry "
             "runs accept it"
         )
-    if config.cluster.placement == "colocated":
-        yield (
-            "cluster.placement=colocated: trainer and engines cannot share GPUs yet (`matpo plan` "
-            "and `matpo launch --dry-run` reckon with it); use disaggregated"
-        )
+    if command == "train" and not config.rollout.replay:
+        yield from check_shared(config)
 
 
 def _check_parallel(config: Config) -> Iterator[str]:

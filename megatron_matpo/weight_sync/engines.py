@@ -74,6 +74,25 @@ class EngineControl(Protocol):
         """Make the engine load a folder."""
         ...
 
+    async def update_weights_from_tensor(
+        self,
+        *,
+        payloads: Sequence[bytes],
+        weight_version: str | None,
+        flush_cache: bool,
+        deadline_s: float,
+    ) -> None:
+        """Make the engine load one bucket out of memory that it opens."""
+        ...
+
+    async def release_memory(self, *, tags: Sequence[str], deadline_s: float) -> None:
+        """Make the engine, paused, give memory back to its device."""
+        ...
+
+    async def resume_memory(self, *, tags: Sequence[str], deadline_s: float) -> None:
+        """Make it take that again, empty."""
+        ...
+
     async def weight_version(self, *, deadline_s: float) -> str:
         """The version that the engine says it serves."""
         ...

@@ -1,7 +1,7 @@
 """Proves the transaction against two stock SGLang servers, also when one of them freezes or dies.
 
 On the CPU, over gloo, a folder and shared memory, with a random Qwen3 of a few thousand parameters.
-The tests share the servers and run in order: one freezes the second server, the last kills the first.
+The tests share the servers and run in order: one freezes the second server, the last kills one.
 """
 
 from __future__ import annotations

@@ -172,6 +172,15 @@ class EngineClient(EngineHttp):
         """
         await self._ask("POST", "/flush_cache", b"{}", deadline_s)
 
+    async def wait_idle(self, *, deadline_s: float) -> None:
+        """Return when the scheduler has nothing to do; it forgets all cached prefixes then.
+
+        Raises:
+            EngineRejected: requests are still running or waiting.
+            EngineError: as `generate`.
+        """
+        await self._ask("POST", f"/flush_cache?timeout={deadline_s:g}", b"{}", deadline_s)
+
     async def init_weights_update_group(
         self,
         *,

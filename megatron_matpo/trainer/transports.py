@@ -51,7 +51,7 @@ def build_transport(
         return ipc, export_to_all
     if config.transport == "ipc":
         # Whatever its rank, an engine on this machine can open what rank 0 writes.
-        writers = [(0,) * config.rollout.tensor for _ in plan.engines]
+        writers = {place.url: (0,) * config.rollout.tensor for place in plan.engines}
         ipc = IpcTransport(bucket_bytes=bucket_bytes, writers=writers, make_buffer=HostBuffer)
         return ipc, export_to_first
     broadcast = BroadcastTransport(
@@ -64,7 +64,10 @@ def build_transport(
     return broadcast, export_to_first
 
 
-def writers_on_devices(plan: Plan) -> list[tuple[int, ...]]:
-    """For every engine, the trainer ranks on its GPUs: ranks take the first GPUs of their nodes."""
+def writers_on_devices(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """By engine (URL), the trainer ranks on its GPUs: ranks take the first GPUs of their nodes."""
     first_ranks = [sum(plan.trainer_ranks_per_node[:node]) for node in range(plan.num_nodes)]
-    return [tuple(first_ranks[place.node] + gpu for gpu in place.gpus) for place in plan.engines]
+    return {
+        place.url: tuple(first_ranks[place.node] + gpu for gpu in place.gpus)
+        for place in plan.engines
+    }

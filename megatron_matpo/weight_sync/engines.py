@@ -39,6 +39,10 @@ class EngineControl(Protocol):
         """Sample again."""
         ...
 
+    async def wait_idle(self, *, deadline_s: float) -> None:
+        """Return when the engine has nothing to do; it forgets cached prefixes then."""
+        ...
+
     async def init_weights_update_group(
         self,
         *,

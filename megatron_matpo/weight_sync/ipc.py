@@ -13,7 +13,7 @@ are to open. On a CPU rank 0 writes for all engines.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -73,7 +73,7 @@ class IpcTransport:
         self,
         *,
         bucket_bytes: int,
-        writers: Sequence[Sequence[int]],
+        writers: Mapping[str, Sequence[int]],
         make_buffer: MakeBuffer,
         ranks: TrainerRanks | None = None,
         keeps_buffers: bool = True,
@@ -82,7 +82,7 @@ class IpcTransport:
 
         Args:
             bucket_bytes: of a bucket; a larger tensor is one alone.
-            writers: for every rank of every engine, the trainer rank whose buffer it opens.
+            writers: by engine (URL), for each of its ranks the trainer rank whose buffer it opens.
             make_buffer: makes this rank's buffers.
             ranks: with all trainer ranks; None: rank 0 alone writes.
             keeps_buffers: between pushes; not on a GPU, whose memory others need then.
@@ -153,7 +153,7 @@ class IpcTransport:
                 timed(
                     number,
                     engine.update_weights_from_tensor(
-                        payloads=[bucket.payloads[rank] for rank in self._writers[number]],
+                        payloads=[bucket.payloads[rank] for rank in self._writers[engine.url]],
                         # An engine takes the version with the bucket: the last one carries it.
                         weight_version=str(version) if bucket.is_last else None,
                         flush_cache=bucket.is_last,

@@ -61,7 +61,7 @@ def push_twice(
             engines,
             IpcTransport(
                 bucket_bytes=16,
-                writers=writers,
+                writers={f"fake://{i}": own for i, own in enumerate(writers)},
                 make_buffer=HostBuffer,
                 ranks=TrainerRanks(group),
                 keeps_buffers=False,

@@ -59,6 +59,9 @@ class ScriptedFakeEngine:
         await self._enter("resume")
         self.is_paused = False
 
+    async def wait_idle(self, *, deadline_s):
+        await self._enter("wait_idle")
+
     async def update_weights_from_disk(self, *, folder, weight_version, deadline_s):
         assert self.is_paused, "weights change only while nothing is sampled"
         await self._enter("update")

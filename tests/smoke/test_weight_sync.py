@@ -176,7 +176,8 @@ def test_shared_memory_reaches_both_and_engines_give_their_own_away_in_between(
     site: Site,
 ) -> None:
     weights = changed(site.weights, 7)
-    ipc = IpcTransport(bucket_bytes=8192, writers=[(0,), (0,)], make_buffer=HostBuffer)
+    writers = {server.url: (0,) for server in site.servers}
+    ipc = IpcTransport(bucket_bytes=8192, writers=writers, make_buffer=HostBuffer)
     sync = transaction(site.servers, weights, ipc)
     sync.connect()
     sync.push(41)

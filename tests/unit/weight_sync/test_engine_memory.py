@@ -18,7 +18,7 @@ from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.scripted_fake_engine import SHAPE, ScriptedFakeEngine, write_safetensors
 
 WEIGHTS = {"model.embed_tokens.weight": torch.rand(64, 4), "model.norm.weight": torch.rand(4)}
-RELEASED = ["pause", "release kv_cache+weights"]
+RELEASED = ["pause", "wait_idle", "release kv_cache+weights"]
 PUSHED = ["pause", "take weights", "load", "version", "checksums", "take kv_cache", "resume"]
 
 
@@ -28,7 +28,7 @@ def shared(engines, *, timeout_s=30.0, transport=None):
         engines,
         transport
         or IpcTransport(
-            bucket_bytes=1 << 20, writers=[(0,)] * len(engines), make_buffer=HostBuffer
+            bucket_bytes=1 << 20, writers={e.url: (0,) for e in engines}, make_buffer=HostBuffer
         ),
         Verifier("full", SHAPE, on_gpu=False),
         timeout_s=timeout_s,

@@ -49,7 +49,7 @@ def sync_with(engines, *, make=HostBuffer, bucket_bytes=200, timeout_s=30.0, kee
         engines,
         IpcTransport(
             bucket_bytes=bucket_bytes,
-            writers=[(0,)] * len(engines),
+            writers={engine.url: (0,) for engine in engines},
             make_buffer=make,
             keeps_buffers=keeps,
         ),

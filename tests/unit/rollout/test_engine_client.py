@@ -261,6 +261,7 @@ def test_a_pause_that_aborts_waits_for_nothing_that_runs() -> None:
             assert [(path, body) for _, path, body, _ in fake.asked] == [
                 ("/abort_request", {"rid": "", "abort_all": True}),
                 ("/pause_generation", {"mode": "retract"}),
+                ("/server_info", None),
                 ("/abort_request", {"rid": "", "abort_all": True}),
             ]
 

@@ -26,7 +26,11 @@ from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rol
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
 from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.trainer.transports import build_transport, keeps_cache
+from megatron_matpo.trainer.transports import (
+    build_transport,
+    keeps_cache,
+    writers_on_devices,
+)
 from megatron_matpo.weight_sync.layout import EngineShape
 from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
 from megatron_matpo.weight_sync.verify import Verifier
@@ -44,7 +48,10 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     sync = build_sync(config, plan, lambda: actor, state, run_dir)
     placement = Apart()
     if config.cluster.placement == "colocated" and isinstance(sync, Transaction):
-        placement = InTurns(sync, _meeting(config), device_memory(config), clock)
+        shared = {rank for ranks in writers_on_devices(plan).values() for rank in ranks}
+        memory = device_memory(config)
+        has_engine = state.rank in shared
+        placement = InTurns(sync, _meeting(config), memory, clock, has_engine=has_engine)
         clock.enter("take memory")
         rollouts.connect()
         sync.connect()

@@ -76,10 +76,17 @@ class InTurns:
         meet: Callable[[], None],
         memory: DeviceMemory,
         clock: Clock,
+        *,
+        has_engine: bool,
     ) -> None:
-        """Keep the arguments. `meet` returns when all ranks have called it."""
+        """Keep the arguments.
+
+        `meet` returns when all ranks have called it; `has_engine` tells whether an engine is on
+        this rank's device.
+        """
         self._engines, self._meet = engines, meet
         self._memory, self._clock = memory, clock
+        self._least_bytes = _LEAST_BYTES if has_engine else 0
         self._trainer: Parked | None = None
         self._engine_bytes = 0
         """What the engines gave back of this rank's device the last time."""
@@ -130,5 +137,5 @@ class InTurns:
         self._meet()
         self._engines.release()
         self._meet()
-        free = self._memory.wait_free(max(needed, before + _LEAST_BYTES), what)
+        free = self._memory.wait_free(max(needed, before + self._least_bytes), what)
         self._engine_bytes = free - before

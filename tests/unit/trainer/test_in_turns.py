@@ -45,13 +45,15 @@ def _device_number(monkeypatch):
 class Side:
     """Both sides and the loop's other parts; writes down what happens."""
 
-    def __init__(self, folder, *, keeps=0, grows=0):
+    def __init__(self, folder, *, keeps=0, grows=0, has_engine=True):
         self.device, self.events = Device(), []
         self.keeps, self.grows = keeps, grows
         self.device.take(56 * GIB)  # engines are there first
         clock = Clock(PhaseWriter(folder, "trainer", 0))
         self.clock = clock
-        self.placement = InTurns(self, lambda: self.events.append("meet"), self.device, clock)
+        self.placement = InTurns(
+            self, lambda: self.events.append("meet"), self.device, clock, has_engine=has_engine
+        )
 
     def release(self):
         self.events.append("release")
@@ -171,6 +173,13 @@ def test_engines_that_answer_and_keep_their_memory_are_found_out_at_the_start(tm
     with pytest.raises(HandoverError, match=r"device 3: the trainer needs .* did not give its"):
         side.build()
     assert "build" not in side.order
+
+
+def test_a_rank_without_an_engine_on_its_device_waits_for_no_memory(tmp_path):
+    side = Side(tmp_path, keeps=56 * GIB, has_engine=False)
+    side.device.free = 80 * GIB
+    whole_run(side, tmp_path)
+    assert side.device.free == (80 - 7) * GIB
 
 
 def test_engines_that_keep_too_much_later_are_found_out_before_the_trainer_takes_it(tmp_path):

@@ -166,8 +166,9 @@ def iter_hf_tensors(
     """Full tensors by Hugging Face name, on global rank 0, on its device.
 
     Collective: every rank iterates to the end; ranks other than 0 get nothing out of it. A tensor
-    belongs to the caller and is made only when asked for, so at most one is in flight. Waits are
-    bounded by `train.timeout_s`.
+    is made only when asked for, so at most one is in flight. Without a gather or a conversion it is
+    the parameter's own memory, to be read before that changes. Waits are bounded by
+    `train.timeout_s`.
 
     Args:
         models: this rank's chunks.
@@ -211,7 +212,7 @@ def _fetch_expert(
     # Names count from 0 inside a rank's experts, so rank 0 has one of the same name and shape.
     local = rule.parameter(parameters).detach()
     if rule.expert_rank == 0:
-        return _own_memory(hf_tensors(rule, [local.to(dtype)], hf), local)
+        return hf_tensors(rule, [local.to(dtype)], hf)
     group = expert_group()
     if state.ep_rank:
         dist.send(local.to(dtype).contiguous(), dst=dist.get_global_rank(group, 0), group=group)
@@ -237,16 +238,7 @@ def _gather(
         shards = [torch.empty_like(local) for _ in range(state.tp_size)] if is_root else []
         group = tensor_group()
         dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
-    return {} if state.tp_rank else _own_memory(hf_tensors(rule, shards, hf), parameter)
-
-
-def _own_memory(full: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
-    """Without a gather or a conversion, tensors could still be the model's own memory."""
-    own = parameter.untyped_storage().data_ptr()
-    return {
-        name: tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor
-        for name, tensor in full.items()
-    }
+    return {} if state.tp_rank else hf_tensors(rule, shards, hf)
 
 
 def _to_first_stage(

@@ -1,7 +1,8 @@
-"""Named tensors grouped into flat byte buckets, one broadcast each.
+"""Named tensors grouped into buckets, which an engine receives and loads one at a time.
 
-A bucket is the concatenation of its tensors' bytes in order, which is what SGLang's
-`load_format="flattened_bucket"` expects to receive.
+A flat bucket is the concatenation of its tensors' bytes in order, one broadcast, which is what
+SGLang's `load_format="flattened_bucket"` expects to receive. In another one each tensor is a
+broadcast of its own.
 """
 
 from __future__ import annotations
@@ -21,17 +22,25 @@ class Bucket:
     dtypes: tuple[str, ...]
     """As torch spells them without the prefix: `float32`, `bfloat16`."""
     shapes: tuple[tuple[int, ...], ...]
-    data: Tensor
-    """[num_bytes] uint8, contiguous."""
+    parts: tuple[Tensor, ...]
+    """What is broadcast, in order: the tensors, contiguous; or [num_bytes] uint8 if flat."""
+    is_flat: bool
     is_last: bool
     """No tensor follows this bucket's."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(part.nbytes for part in self.parts)
 
-def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+
+def make_buckets(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, flat: bool
+) -> Iterator[Bucket]:
     """Group `tensors` in order into buckets of at most `bucket_bytes` (a larger tensor goes alone).
 
-    A bucket holds one dtype: the receiver views slices of the bytes in place, which needs offsets
-    aligned to the element size. At most one bucket's tensors are alive at a time.
+    A bucket holds one dtype: the receiver of a flat one views slices of the bytes in place, which
+    needs offsets aligned to the element size. At most one bucket's tensors are alive at a time.
     """
     pending: list[tuple[str, Tensor]] = []
     size = 0
@@ -39,20 +48,23 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         num_bytes = tensor.numel() * tensor.element_size()
         other_dtype = bool(pending) and pending[-1][1].dtype != tensor.dtype
         if pending and (other_dtype or size + num_bytes > bucket_bytes):
-            yield _flatten(pending, is_last=False)
+            yield _bucket(pending, flat=flat, is_last=False)
             pending, size = [], 0
         pending.append((name, tensor))
         size += num_bytes
     if pending:
-        yield _flatten(pending, is_last=True)
+        yield _bucket(pending, flat=flat, is_last=True)
 
 
-def _flatten(pending: list[tuple[str, Tensor]], *, is_last: bool) -> Bucket:
-    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in pending]
+def _bucket(pending: list[tuple[str, Tensor]], *, flat: bool, is_last: bool) -> Bucket:
+    parts = [tensor.detach().contiguous() for _, tensor in pending]
+    if flat:
+        parts = [torch.cat([part.view(-1).view(torch.uint8) for part in parts])]
     return Bucket(
         names=tuple(name for name, _ in pending),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in pending),
         shapes=tuple(tuple(tensor.shape) for _, tensor in pending),
-        data=torch.cat(flat),
+        parts=tuple(parts),
+        is_flat=flat,
         is_last=is_last,
     )

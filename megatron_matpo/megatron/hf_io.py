@@ -162,12 +162,14 @@ def iter_hf_tensors(
     hf: HfModelConfig,
     state: ParallelState,
     dtype: torch.dtype | None = None,
+    *,
+    by_stage: bool = False,
+    lend: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Full tensors by Hugging Face name, on global rank 0, on its device.
 
     Collective: every rank iterates to the end; ranks other than 0 get nothing out of it. A tensor
-    is made only when asked for, so at most one is in flight. Without a gather or a conversion it is
-    the parameter's own memory, to be read before that changes. Waits are bounded by
+    is made only when asked for, so at most one is in flight. Waits are bounded by
     `train.timeout_s`.
 
     Args:
@@ -175,6 +177,9 @@ def iter_hf_tensors(
         hf: shape of the model.
         state: this rank's position.
         dtype: convert on the way; None keeps the parameters' own.
+        by_stage: the first rank of every pipeline stage gets that stage's tensors instead.
+        lend: a tensor may be the parameter's own memory, to be read before that changes; otherwise
+            it belongs to the caller.
     """
     # The first replica of each stage, and the ranks that hold the rest of its experts.
     is_dense = state.is_first_holder
@@ -190,10 +195,12 @@ def iter_hf_tensors(
             full = _fetch_expert(rule, chunks[rule.chunk], hf, state, dtype)
         elif rule.stage == state.pp_rank and is_dense:
             full = _gather(rule, chunks[rule.chunk], hf, state, dtype)
-        if rule.stage > 0 and is_dense and state.tp_rank == 0:
+        if full and not lend:
+            full = _own_memory(full, rule.parameter(chunks[rule.chunk]))
+        if not by_stage and rule.stage > 0 and is_dense and state.tp_rank == 0:
             full = _to_first_stage(rule, full, state, dtype)
-        if state.rank == 0:
-            yield from full.items()
+        # Elsewhere it is empty.
+        yield from full.items()
 
 
 def _fetch_expert(
@@ -239,6 +246,15 @@ def _gather(
         group = tensor_group()
         dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
     return {} if state.tp_rank else hf_tensors(rule, shards, hf)
+
+
+def _own_memory(full: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+    """Without a gather or a conversion, tensors could still be the model's own memory."""
+    own = parameter.untyped_storage().data_ptr()
+    return {
+        name: tensor.clone() if tensor.untyped_storage().data_ptr() == own else tensor
+        for name, tensor in full.items()
+    }
 
 
 def _to_first_stage(

@@ -23,9 +23,10 @@ from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rol
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
 from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.weight_sync.broadcast import BroadcastTransport
+from megatron_matpo.weight_sync.broadcast import BroadcastTransport, Follow, only_export
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.layout import EngineShape
+from megatron_matpo.weight_sync.stages import LocalStage, RemoteStage, StageFollower
 from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction, Transport
 from megatron_matpo.weight_sync.verify import Verifier
 
@@ -86,26 +87,70 @@ def _build_sync(
         torch.bfloat16 if on_gpu else torch.float32,
         on_cpu=not on_gpu,
     )
+    verifier = Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu)
+    transport = _build_transport(config, plan, actor, state, verifier, run_dir)
+    by_stage = isinstance(transport, BroadcastTransport)
     sync = Transaction(
-        actor.export,
+        partial(actor.lend, by_stage=by_stage),
         engines,
-        _build_transport(config, plan, actor, run_dir),
-        Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu),
+        transport,
+        verifier,
         timeout_s=config.weight_sync.timeout_s,
         start_timeout_s=config.run.start_timeout_s,
     )
     return PushOnce(sync) if config.weight_sync.transport == "none" else sync
 
 
-def _build_transport(config: Config, plan: Plan, actor: MegatronActor, run_dir: Path) -> Transport:
+def _build_transport(
+    config: Config,
+    plan: Plan,
+    actor: MegatronActor,
+    state: ParallelState,
+    verifier: Verifier,
+    run_dir: Path,
+) -> Transport:
     settings = config.weight_sync
     if settings.transport == "disk":
         folder = Path(settings.folder or run_dir / "weights")
         return DiskTransport(folder, actor.write_hf)
+    backend = "nccl" if config.cluster.device == "cuda" else "gloo"
+    bucket_bytes = settings.bucket_mb << 20
+    own = LocalStage(state.rank, bucket_bytes, flat=backend == "nccl")
+    others, follow = form_senders(
+        state, own, verifier, group_timeout_s=config.train.timeout_s, timeout_s=settings.timeout_s
+    )
     return BroadcastTransport(
-        bucket_bytes=settings.bucket_mb << 20,
+        bucket_bytes=bucket_bytes,
         ranks_per_engine=config.rollout.tensor,
         host=plan.trainer_host,
         port=plan.weight_sync_port,
-        backend="nccl" if config.cluster.device == "cuda" else "gloo",
+        backend=backend,
+        others=others,
+        follow=follow,
     )
+
+
+def form_senders(
+    state: ParallelState,
+    own: LocalStage,
+    verifier: Verifier,
+    *,
+    group_timeout_s: float,
+    timeout_s: float,
+) -> tuple[list[RemoteStage], Follow]:
+    """The senders of later pipeline stages for rank 0, and the part of every other rank.
+
+    All ranks call. Rank order has the pipeline outermost, so stages begin at equal distances.
+    """
+    if state.pp_size == 1:
+        return [], only_export
+    ranks = list(range(0, state.world_size, state.world_size // state.pp_size))
+    # gloo, because the messages are on the host; a sender waits here while engines are paused and
+    # while other stages send.
+    group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=group_timeout_s))
+    if state.rank not in ranks:
+        return [], only_export
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    if state.rank == 0:
+        return [RemoteStage(rank, group, verifier) for rank in ranks[1:]], only_export
+    return [], StageFollower(own, group, verifier, timeout_s)

@@ -27,11 +27,8 @@ class Bucket:
     is_flat: bool
     is_last: bool
     """No tensor follows this bucket's."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Of all tensors."""
-        return sum(part.nbytes for part in self.parts)
+    num_bytes: int
+    """Of all tensors."""
 
 
 def make_buckets(
@@ -67,4 +64,5 @@ def _bucket(pending: list[tuple[str, Tensor]], *, flat: bool, is_last: bool) -> 
         parts=tuple(parts),
         is_flat=flat,
         is_last=is_last,
+        num_bytes=sum(part.nbytes for part in parts),
     )

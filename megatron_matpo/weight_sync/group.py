@@ -17,8 +17,12 @@ def form_group(
     name: str,
     timeout_s: float,
     rank: int = 0,
+    hosts_store: bool = True,
 ) -> dist.ProcessGroup:
     """Join as rank 0 the group that the engines join as ranks 1.. (blocks until all are there).
+
+    Without `hosts_store` rank 0 meets them at a store that another process serves: the groups of
+    several senders share the first one's, under their names.
 
     `matpo doctor` joins as the other ranks, too, where there are no engines yet.
 
@@ -35,7 +39,7 @@ def form_group(
     # torchrun's agent would have to serve.
     # torch.distributed does not re-export the class by name, though it is public.
     store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, world_size, is_master=rank == 0, timeout=timeout
+        host, port, world_size, is_master=hosts_store and rank == 0, timeout=timeout
     )
     group, _ = c10d._new_process_group_helper(
         world_size,

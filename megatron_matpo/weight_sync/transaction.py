@@ -30,7 +30,7 @@ Export = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class Transport(Protocol):
-    """How the weights come to the engines. Called on rank 0 only."""
+    """How the weights come to the engines. Rank 0 calls all but `follow`, the others that alone."""
 
     async def connect(self, engines: Engines) -> None:
         """Form whatever is needed before the first push."""
@@ -45,6 +45,14 @@ class Transport(Protocol):
 
         Returns:
             Bytes that each engine got.
+        """
+        ...
+
+    def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """The part of a push that a rank has to play which does not talk to the engines.
+
+        Raises:
+            WeightSyncError: the push failed, here or on rank 0.
         """
         ...
 
@@ -123,8 +131,7 @@ class Transaction:
                 before, if nothing was sent yet, and stay paused otherwise.
         """
         if not self._engines.clients:
-            for _ in self._export():
-                pass
+            self._transport.follow(self._export())
         elif self._failed:
             raise WeightSyncError(f"an earlier push failed: {self._failed}")
         else:
@@ -171,7 +178,7 @@ class Transaction:
     async def _transact(self, version: PolicyVersion) -> None:
         engines = self._engines
         started = time.monotonic()
-        await self._transport.prepare(version, self._verifier.watch(version, self._export()))
+        await self._transport.prepare(version, self._verifier.watch(self._export()))
         self._phase, paused = "pause", time.monotonic()
         await engines.all("pausing", lambda e: e.pause(deadline_s=engines.request_s))
         self._phase, delivering = "deliver", time.monotonic()

@@ -5,11 +5,14 @@ Invariants:
 * turns of one conversation go to one engine (its prefix cache holds the context); a new
   conversation goes to the engine with the fewest requests in flight;
 * a request that an engine fails is tried once on every other engine; then the error stands;
-* tokens of a policy version that the step did not ask for are never handed on.
+* a turn that an engine ends early (paused for new weights, or failed) goes on from its tokens, on
+  the same engine if it only paused;
+* tokens of a policy version that was not asked for are never handed on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -19,13 +22,20 @@ from typing import Generic, Protocol, TypeVar
 from megatron_matpo.agents.sampling import Sampled
 from megatron_matpo.errors import EngineError, EngineRejected
 from megatron_matpo.obs.spans import note
+from megatron_matpo.rollout.continuation import Continuation
+from megatron_matpo.rollout.generation import ABORT, BrokenGeneration, Generation
 from megatron_matpo.types import PolicyVersion
 
 _log = logging.getLogger(__name__)
 
 # After a failure an engine gets new conversations only if no other engine is left.
 _SUSPECT_S = 10.0
-_FINISHED = ("stop", "length")
+_FINISHED = ("stop", "length", ABORT)
+# A paused engine holds requests back instead of ending them again and again; one that ends this
+# many in a row without a token is broken.
+_MAX_EMPTY = 8
+# Before a turn that was ended is sent again: the engine that ended it is about to pause.
+_RESEND_S = 0.25
 
 Params = TypeVar("Params", contravariant=True)
 
@@ -63,18 +73,33 @@ class Router(Generic[Params]):
         self,
         engines: Sequence[Engine[Params]],
         params_for: Callable[[int], Params],
-        max_staleness: int = 0,
+        stop_token_ids: Sequence[int] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`params_for(max_tokens)` makes the sampling parameters of one request."""
+        """`params_for(max_tokens)` makes the sampling parameters of one request.
+
+        `stop_token_ids` are all that end a turn, those of the model included.
+        """
         self._states = [_State(engine) for engine in engines]
         self._params_for = params_for
-        self._max_staleness = max_staleness
+        self.stop_token_ids = stop_token_ids
         self._clock = clock
+        self.newest: PolicyVersion = 0
+        """The newest version that any engine may serve (see `follower`)."""
+        self.num_continued = 0
+        """Turns that were sampled in more than one piece."""
 
     def sampler(self, version: PolicyVersion) -> StepSampler[Params]:
-        """The policy at `version`, for the episodes of one step."""
+        """The policy at `version` and no other, for the episodes of one step."""
+        self.newest = max(self.newest, version)
         return StepSampler(self, version)
+
+    def follower(self) -> StepSampler[Params]:
+        """The policy as it is when it samples, for the episodes of one group.
+
+        Its turns may hold tokens of several versions; who takes them looks at their age.
+        """
+        return StepSampler(self, None)
 
     def pick(self, tried: Sequence[int]) -> int:
         """Index of the engine for a new conversation; engines in `tried` are left out."""
@@ -98,18 +123,22 @@ class Router(Generic[Params]):
         return len(self._states)
 
     async def generate(
-        self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion
+        self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion | None
     ) -> Sampled:
         """One request to one engine, its answer checked.
 
         Raises:
-            EngineError: the engine failed, aborted, or sampled with another policy version.
+            EngineError: the engine failed, or sampled with another policy version.
         """
         state = self._states[index]
         state.num_in_flight += 1
         try:
             sampled = await state.engine.generate(ids, self._params_for(max_tokens))
             self._check(state.engine.url, sampled, version)
+        except BrokenGeneration as error:
+            state.suspect_until = self._clock() + _SUSPECT_S
+            self._check(state.engine.url, error.sampled, version)
+            raise
         except EngineError:
             state.suspect_until = self._clock() + _SUSPECT_S
             raise
@@ -117,7 +146,7 @@ class Router(Generic[Params]):
             state.num_in_flight -= 1
         return sampled
 
-    def _check(self, url: str, sampled: Sampled, version: PolicyVersion) -> None:
+    def _check(self, url: str, sampled: Sampled, version: PolicyVersion | None) -> None:
         if sampled.finish_reason not in _FINISHED:
             raise EngineRejected(
                 f"{url}: the generation ended with {sampled.finish_reason!r} instead of "
@@ -130,13 +159,13 @@ class Router(Generic[Params]):
                 f"{url}: returned {num_tokens} tokens, but {len(sampled.logprobs)} log-probs and "
                 f"policy versions of {num_covered} tokens"
             )
-        oldest = version - self._max_staleness
+        oldest, newest = (0, self.newest) if version is None else (version, version)
         wrong = sorted(
-            {span.version for span in sampled.versions if not oldest <= span.version <= version}
+            {span.version for span in sampled.versions if not oldest <= span.version <= newest}
         )
         if wrong:
             served = ", ".join(map(str, wrong))
-            allowed = f"{version}" if oldest == version else f"{oldest} to {version}"
+            allowed = f"{version}" if oldest == newest else f"{oldest} to {newest}"
             raise EngineRejected(
                 f"{url}: sampled with policy version {served}, but the step asks for {allowed}: "
                 "the engine missed a weight push, or got one while it was sampling"
@@ -144,27 +173,48 @@ class Router(Generic[Params]):
 
 
 class StepSampler(Generic[Params]):
-    """Speaks `agents.sampling.Sampler`; lives for one step."""
+    """Speaks `agents.sampling.Sampler`; lives for one step, or for one group."""
 
-    def __init__(self, router: Router[Params], version: PolicyVersion) -> None:
-        """Use `Router.sampler`."""
+    def __init__(self, router: Router[Params], version: PolicyVersion | None) -> None:
+        """Use `Router.sampler` or `Router.follower`."""
         self._router = router
         self._version = version
         self._engine_of: dict[str, int] = {}
 
-    async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Sampled:
-        """As `Sampler.sample`; tries every engine at most once."""
+    async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Generation:
+        """As `Sampler.sample`; after a failure tries every other engine once."""
+        turn = Continuation(max_tokens, self._router.stop_token_ids)
         tried: list[int] = []
+        num_empty = 0
         while True:
-            index = self._engine_of.get(conversation_id)
-            if index is None or index in tried or self._router.is_suspect(index):
-                index = self._router.pick(tried)
-                self._engine_of[conversation_id] = index
+            index = self._engine_for(conversation_id, tried)
+            note(engine=index, engines_tried=len(tried) + 1)
             try:
-                note(engine=index, engines_tried=len(tried) + 1)
-                return await self._router.generate(index, ids, max_tokens, self._version)
+                piece = await self._router.generate(
+                    index, turn.context(ids), turn.num_left, self._version
+                )
+                ended = turn.add(piece)
+                num_empty = 0 if piece.token_ids else num_empty + 1
+                if num_empty > _MAX_EMPTY:
+                    raise EngineRejected(f"engine {index} ended {num_empty} requests at once")
+                if ended == ABORT:
+                    await asyncio.sleep(_RESEND_S)
             except EngineError as error:
+                ended = turn.add(error.sampled) if isinstance(error, BrokenGeneration) else ABORT
                 tried.append(index)
-                if len(tried) == self._router.num_engines:
+                num_empty = 0
+                if ended == ABORT and len(tried) == self._router.num_engines:
                     raise
-                _log.warning("%s; trying another engine", error)
+                _log.warning("%s; going on with another engine", error)
+            if ended != ABORT:
+                self._router.num_continued += turn.num_pieces > 1
+                note(pieces=turn.num_pieces)
+                return turn.result(ended)
+
+    def _engine_for(self, conversation_id: str, tried: Sequence[int]) -> int:
+        """The conversation's engine, or another one after a failure."""
+        index = self._engine_of.get(conversation_id)
+        if index is None or index in tried or self._router.is_suspect(index):
+            index = self._router.pick(tried)
+            self._engine_of[conversation_id] = index
+        return index

@@ -7,6 +7,8 @@ from datetime import timedelta
 from torch import distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_matpo.bound_store import bound_store
+
 
 def form_group(
     *,
@@ -32,15 +34,14 @@ def form_group(
     On GPUs both sides must agree on NCCL_CUMEM_ENABLE.
 
     Raises:
+        OSError: this host does not have the address, or the port is taken.
         torch.distributed.DistStoreError: not everybody came inside `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
     # Not torch's tcp:// rendezvous: under torchrun that makes rank 0 a client of a store which
     # torchrun's agent would have to serve.
-    # torch.distributed does not re-export the class by name, though it is public.
-    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, world_size, is_master=hosts_store and rank == 0, timeout=timeout
-    )
+    is_master = hosts_store and rank == 0
+    store = bound_store(host, port, world_size, is_master=is_master, timeout=timeout)
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,

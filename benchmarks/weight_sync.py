@@ -2,25 +2,28 @@
 
     python benchmarks/weight_sync.py --json
 
-Stock SGLang servers on the CPU with a random Qwen3 of --hidden x --layers (the default has 590 MB
-in fp32), one and two of them. Per transport and number of servers, medians over --pushes:
+Stock SGLang servers on the CPU with a random Qwen3 of --hidden x --layers (the default has 1.37 GB
+in fp32), one and two of them. Per transport and number of servers (`broadcast` -> `1` -> ...),
+medians over --pushes, before each of which the raw broadcast is timed:
 
 * `push_s`: the whole transaction, from the export's first tensor to the last engine resumed;
-* `raw_s`: the same bytes in the same buckets through a gloo group with as many bare receivers;
-* `bandwidth_ratio`: `raw_s / push_s`;
+* `raw_s`: the same bytes through a gloo group with as many bare receivers (`raw_broadcast.py`);
+* `bandwidth_ratio`: median of `raw_s / push_s` of neighbours in time;
 * `pause_s`: how much longer than otherwise the slowest of many short generations took meanwhile;
 * `paused_s`: from the first request to pause to the last engine resumed, as the trainer sees it;
-* `peak_host_bytes`: how much this process (the trainer) grew at most during a push.
+* `peak_host_bytes`: how much this process (the trainer) grew at most during the pushes.
 
-The export gives copies of tensors that are in memory, so it is as cheap as an export can be.
+The export gives tensors that are in memory, as the trainer's does where nothing is gathered. This
+process has the environment of a trainer rank on a CPU (`KEEP_FREED_MEMORY`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
-import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -31,27 +34,30 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor
-from torch import distributed as dist
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # run as a file: `benchmarks` and `tests` are no installed packages
 
-from megatron_matpo.config.hf_model import HfModelConfig
-from megatron_matpo.errors import EngineError
-from megatron_matpo.launch.ports import free_ports
-from megatron_matpo.megatron.hf_io import write_hf_folder
-from megatron_matpo.megatron.mapping import hf_shapes
-from megatron_matpo.rollout.generation import SamplingParams
-from megatron_matpo.weight_sync.broadcast import BroadcastTransport
-from megatron_matpo.weight_sync.buckets import make_buckets
-from megatron_matpo.weight_sync.disk import DiskTransport
-from megatron_matpo.weight_sync.group import form_group
-from megatron_matpo.weight_sync.ipc import IpcTransport
-from megatron_matpo.weight_sync.layout import EngineShape
-from megatron_matpo.weight_sync.shared_buffers import HostBuffer
-from megatron_matpo.weight_sync.transaction import Transaction, Transport
-from megatron_matpo.weight_sync.verify import Verifier
-from tests.helpers.sglang_servers import SglangServer, sglang_servers
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks.raw_broadcast import RawBroadcast  # noqa: E402
+from megatron_matpo.config.hf_model import HfModelConfig  # noqa: E402
+from megatron_matpo.errors import EngineError  # noqa: E402
+from megatron_matpo.launch.ports import free_ports  # noqa: E402
+from megatron_matpo.megatron.hf_io import write_hf_folder  # noqa: E402
+from megatron_matpo.megatron.mapping import hf_shapes  # noqa: E402
+from megatron_matpo.rollout.engine_command import KEEP_FREED_MEMORY  # noqa: E402
+from megatron_matpo.rollout.generation import SamplingParams  # noqa: E402
+from megatron_matpo.weight_sync.broadcast import BroadcastTransport  # noqa: E402
+from megatron_matpo.weight_sync.buckets import make_buckets  # noqa: E402
+from megatron_matpo.weight_sync.disk import DiskTransport  # noqa: E402
+from megatron_matpo.weight_sync.ipc import IpcTransport  # noqa: E402
+from megatron_matpo.weight_sync.layout import EngineShape  # noqa: E402
+from megatron_matpo.weight_sync.shared_buffers import HostBuffer  # noqa: E402
+from megatron_matpo.weight_sync.transaction import Transaction, Transport  # noqa: E402
+from megatron_matpo.weight_sync.verify import Verifier  # noqa: E402
+from tests.helpers.sglang_servers import SglangServer, sglang_servers  # noqa: E402
 
 LIMIT_S = 300.0
 KV_HEADS = 16
@@ -79,60 +85,6 @@ def write_config(folder: Path, hidden: int, layers: int) -> None:
         "eos_token_id": 3,
     }
     (folder / "config.json").write_text(json.dumps(config))
-
-
-def _bare_receiver(rank: int, size: int, port: int, sizes: list[int], rounds: int) -> None:
-    torch.set_num_threads(1)
-    group = form_group(
-        host="127.0.0.1",
-        port=port,
-        world_size=size,
-        backend="gloo",
-        name=f"raw{size}",
-        timeout_s=LIMIT_S,
-        rank=rank,
-    )
-    buffers = [torch.empty(count, dtype=torch.uint8) for count in sizes]
-    for _ in range(rounds):
-        dist.barrier(group=group)
-        for buffer in buffers:
-            dist.broadcast(buffer, src=0, group=group)
-        dist.barrier(group=group)
-
-
-def raw_broadcast_s(weights: dict[str, Tensor], bucket_bytes: int, num: int, rounds: int) -> float:
-    """Median seconds of sending all buckets, made before, to `num` processes that only receive."""
-    buckets = [bucket.data for bucket in make_buckets(weights.items(), bucket_bytes)]
-    (port,) = free_ports("127.0.0.1", 1)
-    sizes = [bucket.numel() for bucket in buckets]
-    context = multiprocessing.get_context("spawn")
-    receivers = [
-        context.Process(
-            target=_bare_receiver, args=(i + 1, num + 1, port, sizes, rounds), daemon=True
-        )
-        for i in range(num)
-    ]
-    for receiver in receivers:
-        receiver.start()
-    group = form_group(
-        host="127.0.0.1",
-        port=port,
-        world_size=num + 1,
-        backend="gloo",
-        name=f"raw{num + 1}",
-        timeout_s=LIMIT_S,
-    )
-    seconds = []
-    for _ in range(rounds):
-        dist.barrier(group=group)
-        started = time.perf_counter()
-        for bucket in buckets:
-            dist.broadcast(bucket, src=0, group=group)
-        dist.barrier(group=group)
-        seconds.append(time.perf_counter() - started)
-    for receiver in receivers:
-        receiver.join()
-    return statistics.median(seconds)
 
 
 class Meanwhile:
@@ -180,65 +132,62 @@ def measure(
     servers: list[SglangServer],
     weights: dict[str, Tensor],
     transport: Transport,
-    verify: str,
-    first_version: int,
-    pushes: int,
+    raw: RawBroadcast,
+    options: argparse.Namespace,
+    versions: Iterator[int],
 ) -> dict[str, float]:
-    """Medians of `pushes` pushes, after one that warms up; then one more beside generations."""
-
-    def export() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in weights.items():
-            yield name, tensor.clone()
-
+    """Medians of `--pushes` pushes, after one that warms up; then one more beside generations."""
     shape = EngineShape(1, KV_HEADS, torch.float32, on_cpu=True)
     sync = Transaction(
-        export,
+        lambda: iter(weights.items()),
         [server.client() for server in servers],
         transport,
-        Verifier(verify, shape, on_gpu=False),
+        Verifier(options.verify, shape, on_gpu=False),
         timeout_s=LIMIT_S,
         start_timeout_s=LIMIT_S,
     )
     sync.connect()
-    version = first_version
-    sync.push(version)
-    seconds, paused, verifying, preparing = [], [], [], []
+    raw_s, push_s, reports = [], [], []
     with Meanwhile(servers[0], generates=False) as quiet:
-        for _ in range(pushes):
-            version += 1
+        sync.push(next(versions))
+        for _ in range(options.pushes):
+            raw_s.append(raw.seconds())
             started = time.perf_counter()
-            sync.push(version)
-            seconds.append(time.perf_counter() - started)
-            paused.append(sync.report.pause_s)
-            verifying.append(sync.report.verify_s)
-            preparing.append(sync.report.prepare_s)
+            sync.push(next(versions))
+            push_s.append(time.perf_counter() - started)
+            reports.append(sync.report)
     with Meanwhile(servers[0], generates=True) as busy:
         time.sleep(2.0)
         started = time.perf_counter()
-        sync.push(version + 1)
+        sync.push(next(versions))
         ended = time.perf_counter()
         time.sleep(1.0)
     usual = statistics.median(took for at, took in busy.latencies if at + took < started)
     worst = max(took for at, took in busy.latencies if at < ended and at + took > started)
     sync.close()
     return {
-        "push_s": statistics.median(seconds),
-        "prepare_s": statistics.median(preparing),
-        "verify_s": statistics.median(verifying),
-        "paused_s": statistics.median(paused),
+        "bandwidth_ratio": statistics.median(r / p for r, p in zip(raw_s, push_s, strict=True)),
         "pause_s": worst - usual,
         "peak_host_bytes": quiet.peak_bytes - quiet.start_bytes,
+        "raw_s": statistics.median(raw_s),
+        "push_s": statistics.median(push_s),
+        "prepare_s": statistics.median(report.prepare_s for report in reports),
+        "deliver_s": statistics.median(report.deliver_s for report in reports),
+        "verify_s": statistics.median(report.verify_s for report in reports),
+        "paused_s": statistics.median(report.pause_s for report in reports),
     }
 
 
 def main() -> None:
     """Measure all transports; progress goes to stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--pushes", type=int, default=3)
-    parser.add_argument("--bucket-mb", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=1536)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--pushes", type=int, default=5)
+    parser.add_argument("--bucket-mb", type=int, default=512)
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--transports", nargs="+", default=["broadcast", "ipc", "disk"])
+    parser.add_argument("--verify", choices=("full", "sample", "version"), default="sample")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -249,7 +198,7 @@ def main() -> None:
 
 
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """All measurements, by transport, verification and number of servers."""
+    """All measurements, by transport and number of servers."""
     model = root / "model"
     write_config(model, options.hidden, options.layers)
     hf = HfModelConfig.from_folder(model)
@@ -258,7 +207,6 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     def write(folder: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
         write_hf_folder(folder, tensors, hf, torch.float32, model)
 
-    write_hf_folder(root / "start", iter(weights.items()), hf, torch.float32, model)
     bucket_bytes = options.bucket_mb << 20
 
     def broadcast() -> Transport:
@@ -275,37 +223,34 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         writers = {server.url: (0,) for server in servers}
         return IpcTransport(bucket_bytes=bucket_bytes, writers=writers, make_buffer=HostBuffer)
 
-    kinds: list[tuple[str, str, Callable[[], Transport]]] = [
-        ("broadcast", "version", broadcast),
-        ("broadcast", "sample", broadcast),
-        ("broadcast", "full", broadcast),
-        ("ipc", "version", ipc),
-        ("ipc", "sample", ipc),
-        ("disk", "sample", lambda: DiskTransport(root / "weights", write)),
-    ]
-    num_bytes = sum(4 * tensor.numel() for tensor in weights.values())
-    result: dict[str, Any] = {"bytes": num_bytes}
-    version = 0
+    transports: dict[str, Callable[[], Transport]] = {
+        "broadcast": broadcast,
+        "ipc": ipc,
+        "disk": lambda: DiskTransport(root / "weights", write),
+    }
+    flat = make_buckets(weights.items(), bucket_bytes, flat=True)
+    buckets = [part for bucket in flat for part in bucket.parts]
+    result: dict[str, Any] = {
+        "bytes": sum(bucket.nbytes for bucket in buckets),
+        "verify": options.verify,
+        **{name: {} for name in options.transports},
+    }
+    versions = itertools.count(1)
+    write(root / "start", iter(weights.items()))
     with sglang_servers(root / "start", root, max(options.servers), mem_fraction=0.3) as servers:
         for num in options.servers:
-            raw_s = raw_broadcast_s(weights, bucket_bytes, num, options.pushes)
-            for transport, verify, make in kinds:
-                seen = measure(servers[:num], weights, make(), verify, version, options.pushes)
-                version += options.pushes + 2
-                seen |= {
-                    "raw_s": raw_s,
-                    "bandwidth_ratio": raw_s / seen["push_s"],
-                    "gb_s": num_bytes / seen["push_s"] / 1e9,
-                }
-                key = f"{transport}/{verify}/{num}"
-                result[key] = seen
-                print(key, _rounded(seen), file=sys.stderr, flush=True)
+            with RawBroadcast(buckets, num) as raw:
+                for name in options.transports:
+                    transport = transports[name]()
+                    seen = measure(servers[:num], weights, transport, raw, options, versions)
+                    result[name][str(num)] = seen
+                    shown = {key: round(value, 3) for key, value in seen.items()}
+                    print(name, num, shown, file=sys.stderr, flush=True)
     return result
 
 
-def _rounded(values: dict[str, float]) -> dict[str, float]:
-    return {key: round(value, 3) for key, value in values.items()}
-
-
 if __name__ == "__main__":
+    if not KEEP_FREED_MEMORY.items() <= os.environ.items():
+        # The allocator reads its settings once, when a process starts.
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **KEEP_FREED_MEMORY})
     main()

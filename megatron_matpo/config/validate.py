@@ -25,6 +25,7 @@ from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_lora import check_lora, check_lora_model
 from megatron_matpo.config.validate_placement import check_shared
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
+from megatron_matpo.config.validate_sync import check_sync
 from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
 from megatron_matpo.config.validate_train import TRAIN_AT_LEAST, TRAIN_CHOICES, check_train
 from megatron_matpo.errors import ConfigError
@@ -183,7 +184,7 @@ def collect_violations(config: Config, *, command: Command) -> list[str]:
         *_check_model(config, command),
     ]
     if command == "train":
-        problems += _check_train(config)
+        problems += [*_check_train(config), *check_sync(config)]
     problems += _check_machines(config, command)
     if command == "eval" or (command == "train" and not config.rollout.replay):
         problems += [*check_planner(config), *check_agent_limits(config)]

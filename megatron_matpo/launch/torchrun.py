@@ -23,6 +23,7 @@ from megatron_matpo.config.plan import Plan
 from megatron_matpo.launch import rendezvous
 from megatron_matpo.launch.run_folder import CONFIG_FILE, PLAN_FILE
 from megatron_matpo.launch.torchrun_files import exits_file
+from megatron_matpo.rollout.engine_command import KEEP_FREED_MEMORY
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
         # supervisor asks for a save then, and stops the trainer with SIGINT if it has to.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if config.cluster.device == "cpu":
-        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ |= {"OMP_NUM_THREADS": "1", **KEEP_FREED_MEMORY}
     rendezvous.register()
     launch = LaunchConfig(
         min_nodes=plan.num_trainer_nodes,

@@ -203,6 +203,14 @@ class MegatronActor:
         """Full tensors by Hugging Face name on rank 0; see `hf_io.iter_hf_tensors`."""
         return hf_io.iter_hf_tensors(self._models, self._hf, self._state, dtype)
 
+    def lend(self, *, by_stage: bool) -> Iterator[tuple[str, Tensor]]:
+        """As `export`, without copies: tensors may be the parameters' own memory.
+
+        `by_stage`: the first rank of every pipeline stage gets those of its stage.
+        """
+        models, hf, state = self._models, self._hf, self._state
+        return hf_io.iter_hf_tensors(models, hf, state, by_stage=by_stage, lend=True)
+
     def export_everywhere(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full tensors by Hugging Face name on all ranks; see `everywhere.iter_everywhere`."""
         return everywhere.iter_everywhere(self._models, self._hf, self._state, dtype)

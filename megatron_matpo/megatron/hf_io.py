@@ -162,18 +162,24 @@ def iter_hf_tensors(
     hf: HfModelConfig,
     state: ParallelState,
     dtype: torch.dtype | None = None,
+    *,
+    by_stage: bool = False,
+    lend: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Full tensors by Hugging Face name, on global rank 0, on its device.
 
     Collective: every rank iterates to the end; ranks other than 0 get nothing out of it. A tensor
-    belongs to the caller and is made only when asked for, so at most one is in flight. Waits are
-    bounded by `train.timeout_s`.
+    is made only when asked for, so at most one is in flight. Waits are bounded by
+    `train.timeout_s`.
 
     Args:
         models: this rank's chunks.
         hf: shape of the model.
         state: this rank's position.
         dtype: convert on the way; None keeps the parameters' own.
+        by_stage: the first rank of every pipeline stage gets that stage's tensors instead.
+        lend: a tensor may be the parameter's own memory, to be read before that changes; otherwise
+            it belongs to the caller.
     """
     # The first replica of each stage, and the ranks that hold the rest of its experts.
     is_dense = state.is_first_holder
@@ -189,10 +195,12 @@ def iter_hf_tensors(
             full = _fetch_expert(rule, chunks[rule.chunk], hf, state, dtype)
         elif rule.stage == state.pp_rank and is_dense:
             full = _gather(rule, chunks[rule.chunk], hf, state, dtype)
-        if rule.stage > 0 and is_dense and state.tp_rank == 0:
+        if full and not lend:
+            full = own_memory(full, rule.parameter(chunks[rule.chunk]))
+        if not by_stage and rule.stage > 0 and is_dense and state.tp_rank == 0:
             full = _to_first_stage(rule, full, state, dtype)
-        if state.rank == 0:
-            yield from full.items()
+        # Elsewhere it is empty.
+        yield from full.items()
 
 
 def _fetch_expert(
@@ -211,7 +219,7 @@ def _fetch_expert(
     # Names count from 0 inside a rank's experts, so rank 0 has one of the same name and shape.
     local = rule.parameter(parameters).detach()
     if rule.expert_rank == 0:
-        return own_memory(hf_tensors(rule, [local.to(dtype)], hf), local)
+        return hf_tensors(rule, [local.to(dtype)], hf)
     group = expert_group()
     if state.ep_rank:
         dist.send(local.to(dtype).contiguous(), dst=dist.get_global_rank(group, 0), group=group)
@@ -237,7 +245,7 @@ def _gather(
         shards = [torch.empty_like(local) for _ in range(state.tp_size)] if is_root else []
         group = tensor_group()
         dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
-    return {} if state.tp_rank else own_memory(hf_tensors(rule, shards, hf), parameter)
+    return {} if state.tp_rank else hf_tensors(rule, shards, hf)
 
 
 def own_memory(full: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:

@@ -240,6 +240,12 @@ METRICS: tuple[MetricSpec, ...] = (
         "What `matpo plan` reckons for it, the reserve left out (docs/memory.md).",
     ),
     MetricSpec("time/*", "s", "wall clock", "Other phases (checkpoint, eval, ...)."),
+    MetricSpec("sync/bytes", "bytes", "per engine", "Sent by the step's push; absent without one."),
+    MetricSpec("sync/prepare_s", "s", "wall clock", "Of the push, before the engines are paused."),
+    MetricSpec("sync/deliver_s", "s", "wall clock", "Until all engines have loaded the weights."),
+    MetricSpec("sync/verify_s", "s", "wall clock", "Comparison of versions and checksums."),
+    MetricSpec("sync/pause_s", "s", "wall clock", "From the request to pause to the last resumed."),
+    MetricSpec("sync/gb_per_s", "10^9 bytes/s", "of the whole push", "Bytes per engine and time."),
     MetricSpec("rollout/episodes", "count", "sum", "Episodes of the step, failed ones included."),
     MetricSpec("rollout/failed", "count", "sum", "Episodes left out because of infrastructure."),
     MetricSpec(

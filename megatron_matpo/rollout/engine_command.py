@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 
 SERVE = Path(__file__).parent / "sglang_cpu" / "serve.py"
 KEY_VARIABLE = "MATPO_ENGINE_KEY"
+KEEP_FREED_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_ARENA_MAX": "1",
+}
+"""Environment of processes that hold weights on a CPU. By default glibc gives every large tensor
+back to the kernel when it is freed, and touching fresh pages takes six times as long as copying
+weights does (0.27 s and 0.04 s for 590 MB). One arena: others hold no block above 64 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +135,7 @@ _CPU_ENV = {
     "SGLANG_USE_CPU_ENGINE": "1",
     # Threads cost more than they bring for a small model: 5 times slower with one per core.
     "OMP_NUM_THREADS": "1",
+    **KEEP_FREED_MEMORY,
 }
 
 

@@ -125,12 +125,13 @@ def build_sync(
         torch.bfloat16 if on_gpu else torch.float32,
         on_cpu=not on_gpu,
     )
-    transport, export = build_transport(config, plan, actor, run_dir)
+    verifier = Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu)
+    transport, export = build_transport(config, plan, actor, state, verifier, run_dir)
     sync = Transaction(
         export,
         engines,
         transport,
-        Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu),
+        verifier,
         timeout_s=config.weight_sync.timeout_s,
         start_timeout_s=config.run.start_timeout_s,
         pause_mode="in_place" if keeps_cache(config) else "abort",

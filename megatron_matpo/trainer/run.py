@@ -49,6 +49,11 @@ class WeightSync(Protocol):
         """Send the weights; returns the version that the engines serve."""
         ...
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`sync/...` of the last push, on the logging rank; nothing if it sent nothing."""
+        ...
+
     def close(self) -> None:
         """Release connections."""
         ...
@@ -199,6 +204,7 @@ class Run:
             **reward_metrics(batch),
             **result.metrics,
             **times,
+            **self.sync.metrics,
             **self.throughput.metrics(samples, times["time/train_s"]),
             "policy_version": batch.policy_version + 1,
             "optim/updates": result.num_updates,

@@ -12,15 +12,23 @@ from torch import distributed as dist
 from megatron_matpo.config import Config
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.megatron.actor import MegatronActor
-from megatron_matpo.weight_sync.broadcast import BroadcastTransport
+from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.weight_sync.broadcast import BroadcastTransport, Follow, only_export
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.ipc import IpcTransport, TrainerRanks
 from megatron_matpo.weight_sync.shared_buffers import DeviceBuffer, HostBuffer
+from megatron_matpo.weight_sync.stages import LocalStage, RemoteStage, StageFollower
 from megatron_matpo.weight_sync.transaction import Export, Transport
+from megatron_matpo.weight_sync.verify import Verifier
 
 
 def build_transport(
-    config: Config, plan: Plan, actor: Callable[[], MegatronActor], run_dir: Path
+    config: Config,
+    plan: Plan,
+    actor: Callable[[], MegatronActor],
+    state: ParallelState,
+    verifier: Verifier,
+    run_dir: Path,
 ) -> tuple[Transport, Export]:
     """By `weight_sync.transport`, and what it sends. All ranks call; `actor` is asked later."""
     settings = config.weight_sync
@@ -28,7 +36,10 @@ def build_transport(
     bucket_bytes = settings.bucket_mb << 20
 
     def export_to_first() -> Iterator[tuple[str, Tensor]]:
-        return actor().export()
+        return actor().lend(by_stage=False)
+
+    def export_by_stage() -> Iterator[tuple[str, Tensor]]:
+        return actor().lend(by_stage=True)
 
     def export_to_all() -> Iterator[tuple[str, Tensor]]:
         return actor().export_everywhere()
@@ -58,15 +69,58 @@ def build_transport(
         writers = {place.url: (0,) * config.rollout.tensor for place in plan.engines}
         ipc = IpcTransport(bucket_bytes=bucket_bytes, writers=writers, make_buffer=HostBuffer)
         return ipc, export_to_first
-    broadcast = BroadcastTransport(
+    return _broadcast(config, plan, state, verifier), export_by_stage
+
+
+def _broadcast(
+    config: Config, plan: Plan, state: ParallelState, verifier: Verifier
+) -> BroadcastTransport:
+    settings = config.weight_sync
+    on_gpu = config.cluster.device == "cuda"
+    bucket_bytes = settings.bucket_mb << 20
+    others, follow = form_senders(
+        state,
+        LocalStage(state.rank, bucket_bytes, flat=on_gpu),
+        verifier,
+        group_timeout_s=config.train.timeout_s,
+        timeout_s=settings.timeout_s,
+    )
+    return BroadcastTransport(
         bucket_bytes=bucket_bytes,
         ranks_per_engine=config.rollout.tensor,
         host=plan.trainer_host,
         port=plan.weight_sync_port,
         backend="nccl" if on_gpu else "gloo",
+        others=others,
+        follow=follow,
         flush_cache=not keeps_cache(config),
     )
-    return broadcast, export_to_first
+
+
+def form_senders(
+    state: ParallelState,
+    own: LocalStage,
+    verifier: Verifier,
+    *,
+    group_timeout_s: float,
+    timeout_s: float,
+) -> tuple[list[RemoteStage], Follow]:
+    """The senders of later pipeline stages for rank 0, and the part of every other rank.
+
+    All ranks call. Rank order has the pipeline outermost, so stages begin at equal distances.
+    """
+    if state.pp_size == 1:
+        return [], only_export
+    ranks = list(range(0, state.world_size, state.world_size // state.pp_size))
+    # gloo, because the messages are on the host; a sender waits here while engines are paused and
+    # while other stages send.
+    group = dist.new_group(ranks, backend="gloo", timeout=timedelta(seconds=group_timeout_s))
+    if state.rank not in ranks:
+        return [], only_export
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    if state.rank == 0:
+        return [RemoteStage(rank, group, verifier) for rank in ranks[1:]], only_export
+    return [], StageFollower(own, group, verifier, timeout_s)
 
 
 def keeps_cache(config: Config) -> bool:

@@ -1,31 +1,36 @@
-"""Transport `broadcast`: flat buckets from trainer rank 0 through a process group with the engines.
+"""Transport `broadcast`: buckets from the trainer through process groups with the engines.
 
-The next bucket is exported and flattened while the present one is sent and the one before is loaded
-by the engines; at most two buckets are alive.
+Rank 0 sends, and with pipeline parallelism the first rank of each later stage after it
+(`stages.py`). The next bucket is exported while the present one is sent and the one before is
+loaded by the engines; at most two buckets of a stage are alive. Over NCCL a bucket is flat, one
+large transfer. Over gloo its tensors go one by one: flattening is a pass over memory on either
+side, and there that takes a third of the time of sending.
 """
 
 from __future__ import annotations
 
 import asyncio
 import secrets
-import threading
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from megatron_matpo.errors import WeightSyncError
 from megatron_matpo.obs.spans import RECEIVE, span
 from megatron_matpo.types import PolicyVersion
-from megatron_matpo.weight_sync.buckets import Bucket, make_buckets
+from megatron_matpo.weight_sync.buckets import Bucket
 from megatron_matpo.weight_sync.engines import Engines
-from megatron_matpo.weight_sync.group import form_group
+from megatron_matpo.weight_sync.stages import LocalStage, Meeting, RemoteStage, Stage
 
-T = TypeVar("T")
-POLL_S = 0.0005
-"""How often a running broadcast is looked at; small against any bucket worth sending."""
+Follow = Callable[[Iterator[tuple[str, Tensor]]], None]
+
+
+def only_export(tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """The part of a rank that sends nothing: collectives of the export."""
+    for _ in tensors:
+        pass
 
 
 class BroadcastTransport:
@@ -39,60 +44,68 @@ class BroadcastTransport:
         host: str,
         port: int,
         backend: str,
+        others: Sequence[RemoteStage] = (),
+        follow: Follow = only_export,
         flush_cache: bool = True,
     ) -> None:
-        """Keep the arguments; `host` and `port` are where the group meets, on this rank.
+        """Keep the arguments; `host` and `port` are where the groups meet, on rank 0.
 
-        `flush_cache`: engines forget cached prefixes with the last bucket.
+        Args:
+            bucket_bytes: bound of a bucket.
+            ranks_per_engine: tensor-parallel ranks of one engine.
+            host: as the engines reach rank 0.
+            port: of the store that all groups share.
+            backend: `nccl` or `gloo`.
+            others: on rank 0, the senders of the later pipeline stages in order.
+            follow: what another rank does in a push.
+            flush_cache: engines forget cached prefixes with the last bucket.
         """
-        self._bucket_bytes = bucket_bytes
+        self._flush_cache = flush_cache
         self._ranks_per_engine = ranks_per_engine
         self._host, self._port, self._backend = host, port, backend
-        self._flush_cache = flush_cache
-        self._group: dist.ProcessGroup | None = None
+        self._local = LocalStage(0, bucket_bytes, flat=backend == "nccl")
+        self._others = others
+        self._stages: Sequence[Stage] = (self._local, *others)
+        self._follow = follow
         # Unique, so that a second attempt never meets the keys or the group of a failed one.
         self._group_name = f"matpo_weights_{secrets.token_hex(4)}"
-        # One thread: the export is a sequence of collectives, whose order must not change.
-        self._exporter = ThreadPoolExecutor(1, "weight-export", use_device_of_this_thread())
-        self._buckets: Iterator[Bucket] = iter(())
         self._first: Bucket | None = None
 
     async def connect(self, engines: Engines) -> None:
-        """Form the group with all engines.
+        """Form the groups with all engines, one after another.
 
         Raises:
             WeightSyncError: an engine refused to join, or did not come inside the deadline.
         """
-        world_size = 1 + self._ranks_per_engine * len(engines.clients)
-        joins = {
-            engine.url: engine.init_weights_update_group(
-                master_address=self._host,
-                master_port=self._port,
-                rank_offset=1 + i * self._ranks_per_engine,
-                world_size=world_size,
-                group_name=self._group_name,
-                backend=self._backend,
-                deadline_s=engines.request_s,
-            )
-            for i, engine in enumerate(engines.clients)
-        }
-        own = _in_daemon_thread(
-            lambda: form_group(
+        for number, stage in enumerate(self._stages):
+            meeting = Meeting(
                 host=self._host,
                 port=self._port,
-                world_size=world_size,
+                world_size=1 + self._ranks_per_engine * len(engines.clients),
                 backend=self._backend,
-                name=self._group_name,
+                name=self._name(number),
                 timeout_s=engines.timeout_s,
             )
-        )
-        what = "forming the weight-sync group"
-        self._group, *_ = await engines.together(what, {"trainer rank 0": own, **joins})
+            joins = {
+                engine.url: engine.init_weights_update_group(
+                    master_address=meeting.host,
+                    master_port=meeting.port,
+                    rank_offset=1 + i * self._ranks_per_engine,
+                    world_size=meeting.world_size,
+                    group_name=meeting.name,
+                    backend=meeting.backend,
+                    deadline_s=engines.request_s,
+                )
+                for i, engine in enumerate(engines.clients)
+            }
+            what = "forming the weight-sync group"
+            with self._telling_others():
+                await engines.together(what, {stage.who: stage.form(meeting), **joins})
 
     async def prepare(self, version: PolicyVersion, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """Make the first bucket."""
-        self._buckets = make_buckets(tensors, self._bucket_bytes)
-        self._first = await self._next()
+        self._local.begin(tensors)
+        self._first = await self._local.next()
 
     async def deliver(self, version: PolicyVersion, engines: Engines) -> int:
         """Send all buckets.
@@ -100,36 +113,65 @@ class BroadcastTransport:
         Raises:
             WeightSyncError: names the bucket, and who failed or is late.
         """
+        with self._telling_others():
+            return await self._deliver(version, engines)
+
+    async def _deliver(self, version: PolicyVersion, engines: Engines) -> int:
         bucket, self._first = self._first, None
-        num_bytes = index = 0
+        num_bytes = index = at = 0
         before: dict[str, asyncio.Task[None]] = {}
         while bucket is not None:
             what = f"bucket {index} (from {bucket.names[0]})"
-            receives = self._receives(bucket, version, engines)
+            is_last = bucket.is_last and at == len(self._stages) - 1
+            receives = self._receives(bucket, at, version if is_last else None, engines)
             # The requests are on their way before this thread's interpreter is shared.
-            sent = asyncio.ensure_future(self._broadcast(bucket))
+            sent = asyncio.ensure_future(self._stages[at].send())
             await asyncio.sleep(0)
-            upcoming = asyncio.ensure_future(self._next())
-            waits = {"trainer rank 0": sent, "the trainer's export": upcoming, **before}
-            with span("bucket", bytes=bucket.data.nbytes):
+            upcoming = asyncio.ensure_future(self._following(at))
+            waits: dict[str, Awaitable[Any]] = {
+                self._stages[at].who: sent,
+                "the trainer's export": upcoming,
+                **before,
+            }
+            with span("bucket", bytes=bucket.num_bytes):
                 await engines.together(what, waits, receives.items())
-            num_bytes += bucket.data.numel()
-            bucket = upcoming.result()
+            num_bytes += bucket.num_bytes
             before, index = receives, index + 1
+            at, bucket = upcoming.result()
         await engines.together(f"bucket {index - 1}, the last one", before)
         return num_bytes
 
     def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """A push on a rank other than 0: only take part in the export."""
-        for _ in tensors:
-            pass
+        """See `Transport.follow`."""
+        self._follow(tensors)
 
     async def close(self) -> None:
         """End the exporting thread once it is idle."""
-        self._exporter.shutdown(wait=False, cancel_futures=True)
+        self._local.close()
+
+    async def _following(self, at: int) -> tuple[int, Bucket | None]:
+        """The next bucket and the number of the stage that sends it."""
+        while at < len(self._stages):
+            if (bucket := await self._stages[at].next()) is not None:
+                return at, bucket
+            at += 1
+        return at, None
+
+    @contextmanager
+    def _telling_others(self) -> Iterator[None]:
+        """A failure ends the push on the other senders too."""
+        try:
+            yield
+        except WeightSyncError as error:
+            for stage in self._others:
+                stage.abandon(str(error))
+            raise
+
+    def _name(self, number: int) -> str:
+        return f"{self._group_name}_{number}"
 
     def _receives(
-        self, bucket: Bucket, version: PolicyVersion, engines: Engines
+        self, bucket: Bucket, stage: int, version: PolicyVersion | None, engines: Engines
     ) -> dict[str, asyncio.Task[None]]:
         """Ask every engine to receive; SGLang takes such requests one after another."""
         return {
@@ -140,11 +182,11 @@ class BroadcastTransport:
                         names=bucket.names,
                         dtypes=bucket.dtypes,
                         shapes=bucket.shapes,
-                        group_name=self._group_name,
+                        group_name=self._name(stage),
                         # An engine takes the version with the bucket: the last one carries it.
-                        weight_version=str(version) if bucket.is_last else None,
-                        load_format="flattened_bucket",
-                        flush_cache=bucket.is_last and self._flush_cache,
+                        weight_version=None if version is None else str(version),
+                        load_format="flattened_bucket" if bucket.is_flat else None,
+                        flush_cache=version is not None and self._flush_cache,
                         # It can wait for the bucket before.
                         deadline_s=2 * engines.request_s,
                     ),
@@ -153,52 +195,8 @@ class BroadcastTransport:
             for number, engine in enumerate(engines.clients)
         }
 
-    async def _next(self) -> Bucket | None:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._exporter, next, self._buckets, None)
-
-    async def _broadcast(self, bucket: Bucket) -> None:
-        work = dist.broadcast(bucket.data, src=0, group=self._group, async_op=True)
-        assert work is not None, "rank 0 is a member of the group"
-        while not work.is_completed():
-            await asyncio.sleep(POLL_S)
-        work.wait()
-
-
-def use_device_of_this_thread() -> Callable[[], None]:
-    """CUDA's current device belongs to a thread; another one would begin with device 0."""
-    if not torch.cuda.is_initialized():
-        return lambda: None
-    device = torch.cuda.current_device()
-    return lambda: torch.cuda.set_device(device)
-
 
 async def timed(index: int, wait: Awaitable[None]) -> None:
     """`wait`, with a span that names the engine: `obs.why` looks for slow ones."""
     with span(RECEIVE, engine=index):
         await wait
-
-
-def _in_daemon_thread(function: Callable[[], T]) -> Awaitable[T]:
-    """Await a blocking call without keeping the process alive for it if it never returns."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def work() -> None:
-        try:
-            result, error = function(), None
-        except BaseException as caught:
-            result, error = None, caught
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(finish, result, error)
-
-    threading.Thread(target=work, name="weight-sync-group", daemon=True).start()
-    return future

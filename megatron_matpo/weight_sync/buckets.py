@@ -1,7 +1,8 @@
-"""Named tensors grouped into flat byte buckets, one broadcast each.
+"""Named tensors grouped into buckets, which an engine receives and loads one at a time.
 
-A bucket is the concatenation of its tensors' bytes in order, which is what SGLang's
-`load_format="flattened_bucket"` expects to receive.
+A flat bucket is the concatenation of its tensors' bytes in order, one broadcast, which is what
+SGLang's `load_format="flattened_bucket"` expects to receive. In another one each tensor is a
+broadcast of its own.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ class Bucket:
     dtypes: tuple[str, ...]
     """As torch spells them without the prefix: `float32`, `bfloat16`."""
     shapes: tuple[tuple[int, ...], ...]
-    data: Tensor
-    """[num_bytes] uint8, contiguous."""
+    parts: tuple[Tensor, ...]
+    """What is broadcast, in order: the tensors, contiguous; or [num_bytes] uint8 if flat."""
+    is_flat: bool
     is_last: bool
     """No tensor follows this bucket's."""
+    num_bytes: int
+    """Of all tensors."""
 
 
 def group_tensors(
@@ -32,8 +36,8 @@ def group_tensors(
 ) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
     """Group `tensors` in order into lists of at most `bucket_bytes` (a larger tensor goes alone).
 
-    A group holds one dtype: the receiver views slices of the bytes in place, which needs offsets
-    aligned to the element size. At most one group's tensors are alive at a time.
+    A group holds one dtype: the receiver of a flat bucket views slices of the bytes in place, which
+    needs offsets aligned to the element size. At most one group's tensors are alive at a time.
 
     Yields:
         A group, and whether no tensor follows it.
@@ -52,18 +56,24 @@ def group_tensors(
         yield pending, True
 
 
-def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """The groups of `group_tensors` as flat buckets."""
+def make_buckets(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int, *, flat: bool
+) -> Iterator[Bucket]:
+    """The groups of `group_tensors` as buckets."""
     for group, is_last in group_tensors(tensors, bucket_bytes):
-        yield _flatten(group, is_last=is_last)
+        yield _bucket(group, flat=flat, is_last=is_last)
 
 
-def _flatten(pending: list[tuple[str, Tensor]], *, is_last: bool) -> Bucket:
-    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8) for _, tensor in pending]
+def _bucket(pending: list[tuple[str, Tensor]], *, flat: bool, is_last: bool) -> Bucket:
+    parts = [tensor.detach().contiguous() for _, tensor in pending]
+    if flat:
+        parts = [torch.cat([part.view(-1).view(torch.uint8) for part in parts])]
     return Bucket(
         names=tuple(name for name, _ in pending),
         dtypes=tuple(str(tensor.dtype).removeprefix("torch.") for _, tensor in pending),
         shapes=tuple(tuple(tensor.shape) for _, tensor in pending),
-        data=torch.cat(flat),
+        parts=tuple(parts),
+        is_flat=flat,
         is_last=is_last,
+        num_bytes=sum(part.nbytes for part in parts),
     )

@@ -18,7 +18,8 @@ PauseMode = Literal["abort", "retract", "in_place"]
 BLAME_S = 2.0
 """After a first failure the others get so long to fail too: an engine that dies in a collective
 breaks it for its neighbours, whose errors may come first."""
-_SLACK_S = 5.0
+SLACK_S = 5.0
+"""A guard behind a deadline is so much later."""
 
 
 class EngineControl(Protocol):
@@ -121,7 +122,7 @@ class Engines:
         self.clients = clients
         self.timeout_s = timeout_s
         # A client's own deadline is only a guard: ours, which names the setting, comes first.
-        self.request_s = timeout_s + _SLACK_S
+        self.request_s = timeout_s + SLACK_S
 
     async def all(
         self, what: str, ask: Callable[[EngineControl], Awaitable[T]]

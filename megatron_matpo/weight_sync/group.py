@@ -19,8 +19,12 @@ def form_group(
     name: str,
     timeout_s: float,
     rank: int = 0,
+    hosts_store: bool = True,
 ) -> dist.ProcessGroup:
     """Join as rank 0 the group that the engines join as ranks 1.. (blocks until all are there).
+
+    Without `hosts_store` rank 0 meets them at a store that another process serves: the groups of
+    several senders share the first one's, under their names.
 
     `matpo doctor` joins as the other ranks, too, where there are no engines yet.
 
@@ -36,7 +40,8 @@ def form_group(
     timeout = timedelta(seconds=timeout_s)
     # Not torch's tcp:// rendezvous: under torchrun that makes rank 0 a client of a store which
     # torchrun's agent would have to serve.
-    store = bound_store(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    is_master = hosts_store and rank == 0
+    store = bound_store(host, port, world_size, is_master=is_master, timeout=timeout)
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,

@@ -23,10 +23,11 @@ from torch import distributed as dist
 
 from megatron_matpo.obs.spans import span
 from megatron_matpo.types import PolicyVersion
-from megatron_matpo.weight_sync.broadcast import timed, use_device_of_this_thread
+from megatron_matpo.weight_sync.broadcast import timed
 from megatron_matpo.weight_sync.buckets import group_tensors
 from megatron_matpo.weight_sync.engines import Engines
 from megatron_matpo.weight_sync.shared_buffers import MakeBuffer, SharedBuffer, write
+from megatron_matpo.weight_sync.stages import use_device_of_this_thread
 
 _NUM_BUFFERS = 2
 

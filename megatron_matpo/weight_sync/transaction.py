@@ -54,7 +54,11 @@ class Transport(Protocol):
         ...
 
     def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """The part of a push that a rank has to play which does not talk to the engines."""
+        """The part of a push that a rank has to play which does not talk to the engines.
+
+        Raises:
+            WeightSyncError: the push failed, here or on rank 0.
+        """
         ...
 
     async def close(self) -> None:
@@ -72,6 +76,18 @@ class PushReport:
     verify_s: float = 0.0
     pause_s: float = 0.0
     """For so long no engine sampled: from the first request to pause to the last one resumed."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """`sync/...` of a step; see docs/metrics.md."""
+        return {
+            "sync/bytes": self.num_bytes,
+            "sync/prepare_s": self.prepare_s,
+            "sync/deliver_s": self.deliver_s,
+            "sync/verify_s": self.verify_s,
+            "sync/pause_s": self.pause_s,
+            "sync/gb_per_s": self.num_bytes / (self.prepare_s + self.pause_s) / 1e9,
+        }
 
 
 class Transaction:
@@ -104,7 +120,7 @@ class Transaction:
         self._phase = ""
         self._failed = ""
         self.report = PushReport()
-        """Of the last push."""
+        """Of the last push; zeros on ranks without engines."""
 
     def connect(self) -> None:
         """Wait for the engines, and connect the transport (rank 0; elsewhere nothing).
@@ -147,6 +163,11 @@ class Transaction:
         else:
             self._runner.run(self._push(version))
         return version
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last push; nothing on ranks without engines."""
+        return self.report.metrics if self.report.num_bytes else {}
 
     def close(self) -> None:
         """Release connections and the event loop. Engines stay as they are."""
@@ -191,7 +212,7 @@ class Transaction:
     async def _transact(self, version: PolicyVersion) -> None:
         engines = self._engines
         started = time.monotonic()
-        await self._transport.prepare(version, self._verifier.watch(version, self._export()))
+        await self._transport.prepare(version, self._verifier.watch(self._export()))
         self._phase, paused = "pause", time.monotonic()
         mode: PauseMode = self._pause_mode
         await engines.all("pausing", lambda e: e.pause(mode=mode, deadline_s=engines.request_s))
@@ -245,6 +266,8 @@ class PushOnce:
         """Wrap `sync`, whose first push is let through."""
         self._sync = sync
         self._served: PolicyVersion | None = None
+        self.metrics: dict[str, float] = {}
+        """Of the last push; nothing if that sent nothing."""
 
     def connect(self) -> None:
         """As `Transaction.connect`."""
@@ -252,8 +275,10 @@ class PushOnce:
 
     def push(self, version: PolicyVersion) -> PolicyVersion:
         """Push the first time; afterwards only say which version is served."""
+        self.metrics = {}
         if self._served is None:
             self._served = self._sync.push(version)
+            self.metrics = self._sync.metrics
         return self._served
 
     def close(self) -> None:
@@ -263,6 +288,11 @@ class PushOnce:
 
 class NoEngines:
     """For runs without engines (replay): nothing to keep in step."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def connect(self) -> None:
         """Nothing to form."""

@@ -35,11 +35,19 @@ class Verifier:
         self._expected: dict[str, list[str]] = {}
         self._num_pushes = 0
 
-    def watch(
-        self, version: PolicyVersion, tensors: Iterator[tuple[str, Tensor]]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Pass `tensors` on, and note the checksums that engines must report."""
+    @property
+    def expected(self) -> dict[str, list[str]]:
+        """Per parameter of the engine, the checksum of each of its ranks; of the present push."""
+        return self._expected
+
+    def expect(self, others: dict[str, list[str]]) -> None:
+        """Also compare what another rank sends."""
+        self._expected |= others
+
+    def watch(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass the tensors of a push on, and note the checksums that engines must report."""
         self._expected = {}
+        self._num_pushes += 1
         if self._mode == "version":
             yield from tensors
             return
@@ -51,7 +59,7 @@ class Verifier:
                     self._expected[engine_name] = [self._checksum(part) for part in parts]
 
     def _is_due(self, engine_name: str) -> bool:
-        if self._mode == "full" or self._num_pushes == 0:
+        if self._mode == "full" or self._num_pushes == 1:
             return True
         place = (zlib.crc32(engine_name.encode()) + self._num_pushes) % SAMPLE_PUSHES
         return place == 0
@@ -77,7 +85,6 @@ class Verifier:
                 "reading checksums", lambda e: e.weight_checksums(deadline_s=engines.request_s)
             )
             self._compare(held)
-        self._num_pushes += 1
 
     def _compare(self, held: Mapping[EngineControl, list[dict[str, str]]]) -> None:
         (first, of_first), *_ = held.items()
@@ -101,7 +108,7 @@ class Verifier:
                         f"engines {first.url} and {engine.url} hold different weights: "
                         f"{names[0][0]}, rank {rank}"
                     )
-        if self._num_pushes == 0:
+        if self._num_pushes == 1:
             unknown = sorted(set(of_first[0]) - set(self._expected))
             _log.info(
                 "checksums of %d parameters compared with the trainer's, of %d only between "

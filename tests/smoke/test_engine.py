@@ -244,12 +244,12 @@ def test_weights_are_replaced_in_a_running_server(server: Server, version: int) 
             ),
         )
         await client.pause(mode="retract", deadline_s=LIMIT_S)
-        buckets = list(make_buckets(server.model.state_dict().items(), 8192))
+        buckets = list(make_buckets(server.model.state_dict().items(), 8192, flat=True))
         assert len(buckets) > 2
         for bucket in buckets:
             is_last = bucket is buckets[-1]
             await asyncio.gather(
-                asyncio.to_thread(dist.broadcast, bucket.data, src=0, group=own),
+                asyncio.to_thread(dist.broadcast, bucket.parts[0], src=0, group=own),
                 client.update_weights_from_distributed(
                     names=bucket.names,
                     dtypes=bucket.dtypes,

@@ -24,6 +24,8 @@ def train(tmp_path, *overrides):
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
         assert line["mismatch/abs_logprob"] < 1e-4
+        assert line["sync/bytes"] > 0
+        assert 0 < line["sync/deliver_s"] <= line["sync/pause_s"] <= line["time/sync_s"]
     data = (tmp_path / "variant" / "rollouts" / "step_000002.rollout").read_bytes()
     return lines, decode(data)
 

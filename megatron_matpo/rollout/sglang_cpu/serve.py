@@ -11,7 +11,7 @@ What it does beyond `sglang serve`:
 * The server dies with the process that started it, and its children die with the server.
 * On a CPU (SGLANG_USE_CPU_ENGINE=1) two parts of SGLang's CUDA packages are stood in for
   (`_register_torchvision_operators`, `stubs/sgl_kernel`), attention is batched (`attention.py`),
-  SGLang's processes are forked, and its weight checker does not wait for a GPU (`_hook_sglang`).
+  SGLang's processes are forked, and its weight checker suits a CPU (`_hook_sglang`).
 
 On a GPU SGLang spawns its scheduler and detokenizer. A spawned process imports the main module
 again, under another name than `__main__`: what stands above the guard at the end runs in each.
@@ -58,7 +58,7 @@ def _register_torchvision_operators() -> object:
 
 
 def _hook_sglang() -> None:
-    """Two changes through `HookRegistry`, SGLang's interface for plug-ins.
+    """Three changes through `HookRegistry`, SGLang's interface for plug-ins.
 
     The scheduler and the detokenizer start as copies of this process. SGLang spawns them, for
     CUDA's sake; each then imports SGLang again, which is nearly all of the time that a small model
@@ -66,14 +66,17 @@ def _hook_sglang() -> None:
 
     The weight checker's hashes work on a CPU, but it calls `torch.cuda.synchronize` around them,
     which a CPU build of torch refuses. There is nothing to wait for.
+
+    Its hash there is SHA-256, which takes twice as long as the weights need to come over. XXH3 is
+    sensitive to every byte and its place too (`weight_sync/checksums.py`: the trainer's side).
     """
     import multiprocessing
 
+    import torch
+    import xxhash
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     def without_waiting(checksum: Callable[..., object], *args: object, **kwargs: object) -> object:
-        import torch
-
         original = torch.cuda.synchronize
         torch.cuda.synchronize = lambda device=None: None
         try:
@@ -86,6 +89,12 @@ def _hook_sglang() -> None:
         without_waiting,
         HookType.AROUND,
     )
+
+    def xxh3(tensor: torch.Tensor) -> str:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        return xxhash.xxh3_64_hexdigest(data.data)
+
+    HookRegistry.register("sglang.srt.utils.weight_checker._hash_tensor", xxh3, HookType.REPLACE)
 
     def use_fork(result: object, *args: object, **kwargs: object) -> None:
         multiprocessing.set_start_method("fork", force=True)

@@ -4,6 +4,7 @@ Model, learner and engines are stand-ins; what the loop does with them is in the
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -64,6 +65,8 @@ class StubLearner:
 
 
 class StubSync:
+    metrics: Mapping[str, float] = {}
+
     def connect(self):
         pass
 

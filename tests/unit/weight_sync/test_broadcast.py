@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import signal
 import time
-from datetime import timedelta
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from megatron_matpo.launch.ports import free_ports
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.transaction import Transaction
 from megatron_matpo.weight_sync.verify import Verifier
+from tests.helpers.gloo_engine import GlooEngine, engine_side
 from tests.helpers.scripted_fake_engine import SHAPE
 
 WEIGHTS = [
@@ -29,112 +29,35 @@ WEIGHTS = [
 ]
 
 
-def _engine(pipe):
-    """The engine's side: SGLang's steps to join, then one broadcast per request."""
-    from torch import distributed as dist
-    from torch.distributed import distributed_c10d as c10d
-
-    pipe.send("imported")
-    join = pipe.recv()
-    store, rank, size = next(
-        c10d.rendezvous(f"tcp://127.0.0.1:{join['port']}", join["rank"], join["size"])
-    )
-    group, _ = c10d._new_process_group_helper(
-        size,
-        rank,
-        [],
-        c10d.Backend("gloo"),
-        c10d.PrefixStore(join["name"], store),
-        group_name=join["name"],
-        timeout=timedelta(seconds=60),
-    )
-    c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
-    pipe.send("joined")
-    while (request := pipe.recv()) is not None:
-        received = {}
-        total = sum(
-            torch.Size(s).numel() * getattr(torch, d).itemsize
-            for s, d in zip(request["shapes"], request["dtypes"], strict=True)
-        )
-        data = torch.empty(total, dtype=torch.uint8)
-        dist.broadcast(data, src=0, group=group)
-        at = 0
-        for name, dtype, shape in zip(
-            *(request[k] for k in ("names", "dtypes", "shapes")), strict=True
-        ):
-            kind = getattr(torch, dtype)
-            end = at + torch.Size(shape).numel() * kind.itemsize
-            received[name] = data[at:end].view(kind).reshape(shape).float().tolist()
-            at = end
-        pipe.send(received)
-
-
-class FakeEngine:
-    """Speaks `EngineControl`; `mode` says how it misbehaves."""
+class FakeEngine(GlooEngine):
+    """In a process of its own; `mode` says how it misbehaves."""
 
     def __init__(self, mode="good", name=""):
-        self.url = f"fake://{mode}{name}"
+        pipe, child = multiprocessing.Pipe()
+        super().__init__(pipe, f"fake://{mode}{name}")
         self.mode = mode
-        self.version = "default"
-        self.weights = {}
-        self.num_buckets = 0
-        self.is_over = False
-        self.one_at_a_time = asyncio.Lock()
-        self.pipe, child = multiprocessing.Pipe()
         context = multiprocessing.get_context("spawn")
-        self.process = context.Process(target=_engine, args=(child,), daemon=True)
+        self.process = context.Process(target=engine_side, args=(child,), daemon=True)
         self.process.start()
-
-    async def pause(self, **_):
-        pass
-
-    async def resume(self, **_):
-        pass
-
-    async def wait_ready(self, **_):
-        assert await asyncio.to_thread(self.pipe.recv) == "imported"
 
     async def init_weights_update_group(self, **join):
         if self.mode == "refuses":
             raise EngineRejected("fake engine: no")
         if self.mode == "absent":
             await asyncio.sleep(3600)
-        self.pipe.send(
-            {
-                "port": join["master_port"],
-                "rank": join["rank_offset"],
-                "size": join["world_size"],
-                "name": join["group_name"],
-            }
-        )
-        assert await asyncio.to_thread(self.pipe.recv) == "joined"
+        await super().init_weights_update_group(**join)
 
     async def update_weights_from_distributed(self, **request):
         if self.mode == "hangs":
             await asyncio.sleep(3600)
         if self.mode == "fails":
             raise EngineRejected("fake engine: out of memory")
-        assert request["load_format"] == "flattened_bucket"
         if self.mode == "dies" and "c" in request["names"]:
             self.process.kill()
             raise EngineUnreachable("fake engine: connection lost")
         if self.mode == "freezes" and "c" in request["names"]:
             os.kill(self.process.pid, signal.SIGSTOP)
-        async with self.one_at_a_time:
-            self.pipe.send({k: request[k] for k in ("names", "dtypes", "shapes")})
-            self.weights |= await asyncio.to_thread(self.receive)
-        self.num_buckets += 1
-        if request["weight_version"] is not None:
-            self.version = request["weight_version"]
-
-    def receive(self):
-        while not self.pipe.poll(0.05):
-            if self.is_over:
-                return {}
-        return self.pipe.recv()
-
-    async def weight_version(self, **_):
-        return self.version
+        await super().update_weights_from_distributed(**request)
 
     async def close(self):
         self.end()
@@ -172,12 +95,12 @@ def test_two_engines_receive_every_tensor_in_several_buckets(monkeypatch):
     sync.connect()
     for version in (4, 5):
         assert sync.push(version) == version
-        expected = {name: tensor.float().tolist() for name, tensor in WEIGHTS}
+        expected = {name: tensor.float() for name, tensor in WEIGHTS}
         for engine in engines:
-            assert engine.weights == expected
+            torch.testing.assert_close(engine.weights, expected, rtol=0, atol=0)
             assert engine.version == str(version)
-            assert engine.num_buckets == 3
-            engine.weights, engine.num_buckets = {}, 0
+            assert len(engine.groups) == 3
+            engine.weights, engine.groups = {}, []
     assert sync.report.num_bytes == 6 * 4 + 5 * 2 + 9 * 4
     sync.close()
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
+from megatron_matpo.obs import metrics as registry
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
 from megatron_matpo.weight_sync.verify import Verifier
@@ -63,6 +64,12 @@ def test_disk_keeps_the_served_version_only_and_nothing_after_the_run(tmp_path):
         sync.push(version)
         assert [p.name for p in (tmp_path / "weights").iterdir()] == [f"version_{version}"]
     assert sync.report.num_bytes > sum(4 * t.numel() for t in WEIGHTS.values())
+    metrics = sync.metrics
+    registry.check(metrics, partial=True)
+    assert metrics["sync/bytes"] == sync.report.num_bytes
+    assert 0 < metrics["sync/deliver_s"] + metrics["sync/verify_s"] < metrics["sync/pause_s"]
+    seconds = metrics["sync/prepare_s"] + metrics["sync/pause_s"]
+    assert metrics["sync/gb_per_s"] == pytest.approx(metrics["sync/bytes"] / seconds / 1e9)
     sync.close()
     assert not (tmp_path / "weights").exists()
 
@@ -127,12 +134,11 @@ def test_a_sample_meets_every_parameter_once_in_eight_pushes(tmp_path):
     verifier = Verifier("sample", SHAPE, on_gpu=False)
     met = []
     for push in range(9):
-        assert dict(verifier.watch(push, iter(WEIGHTS.items()))).keys() == WEIGHTS.keys()
+        assert dict(verifier.watch(iter(WEIGHTS.items()))).keys() == WEIGHTS.keys()
         if push:
-            met += verifier._expected
+            met += verifier.expected
         else:
-            assert len(verifier._expected) == 3, "q, k and v are one parameter of the engine"
-        verifier._num_pushes += 1
+            assert len(verifier.expected) == 3, "q, k and v are one parameter of the engine"
     assert sorted(met) == [
         "model.embed_tokens.weight",
         "model.layers.0.self_attn.qkv_proj.weight",
@@ -197,7 +203,10 @@ def test_push_once_lets_only_the_first_through(tmp_path):
     engine = ScriptedFakeEngine()
     sync = PushOnce(transaction([engine], tmp_path))
     sync.connect()
-    assert [sync.push(v) for v in (3, 4, 5)] == [3, 3, 3]
+    assert sync.push(3) == 3
+    assert sync.metrics["sync/bytes"] > 0
+    assert [sync.push(v) for v in (4, 5)] == [3, 3]
+    assert sync.metrics == {}, "nothing was sent"
     sync.close()
     assert engine.asked.count("update") == 1
     assert NoEngines().push(9) == 9

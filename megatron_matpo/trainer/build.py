@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -115,9 +116,12 @@ def _build_transport(
         return DiskTransport(folder, actor.write_hf)
     backend = "nccl" if config.cluster.device == "cuda" else "gloo"
     bucket_bytes = settings.bucket_mb << 20
-    own = LocalStage(state.rank, bucket_bytes, flat=backend == "nccl")
     others, follow = form_senders(
-        state, own, verifier, group_timeout_s=config.train.timeout_s, timeout_s=settings.timeout_s
+        state,
+        verifier,
+        lambda: LocalStage(state.rank, bucket_bytes, flat=backend == "nccl"),
+        group_timeout_s=config.train.timeout_s,
+        timeout_s=settings.timeout_s,
     )
     return BroadcastTransport(
         bucket_bytes=bucket_bytes,
@@ -132,15 +136,16 @@ def _build_transport(
 
 def form_senders(
     state: ParallelState,
-    own: LocalStage,
     verifier: Verifier,
+    make_stage: Callable[[], LocalStage],
     *,
     group_timeout_s: float,
     timeout_s: float,
 ) -> tuple[list[RemoteStage], Follow]:
     """The senders of later pipeline stages for rank 0, and the part of every other rank.
 
-    All ranks call. Rank order has the pipeline outermost, so stages begin at equal distances.
+    All ranks call; `make_stage` is called on those that send as they are told. Rank order has the
+    pipeline outermost, so stages begin at equal distances.
     """
     if state.pp_size == 1:
         return [], only_export
@@ -153,4 +158,4 @@ def form_senders(
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     if state.rank == 0:
         return [RemoteStage(rank, group, verifier) for rank in ranks[1:]], only_export
-    return [], StageFollower(own, group, verifier, timeout_s)
+    return [], StageFollower(make_stage(), group, verifier, timeout_s)

@@ -80,8 +80,8 @@ def _broadcast(
     bucket_bytes = settings.bucket_mb << 20
     others, follow = form_senders(
         state,
-        LocalStage(state.rank, bucket_bytes, flat=on_gpu),
         verifier,
+        lambda: LocalStage(state.rank, bucket_bytes, flat=on_gpu),
         group_timeout_s=config.train.timeout_s,
         timeout_s=settings.timeout_s,
     )
@@ -99,15 +99,16 @@ def _broadcast(
 
 def form_senders(
     state: ParallelState,
-    own: LocalStage,
     verifier: Verifier,
+    make_stage: Callable[[], LocalStage],
     *,
     group_timeout_s: float,
     timeout_s: float,
 ) -> tuple[list[RemoteStage], Follow]:
     """The senders of later pipeline stages for rank 0, and the part of every other rank.
 
-    All ranks call. Rank order has the pipeline outermost, so stages begin at equal distances.
+    All ranks call; `make_stage` is called on those that send as they are told. Rank order has the
+    pipeline outermost, so stages begin at equal distances.
     """
     if state.pp_size == 1:
         return [], only_export
@@ -120,7 +121,7 @@ def form_senders(
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     if state.rank == 0:
         return [RemoteStage(rank, group, verifier) for rank in ranks[1:]], only_export
-    return [], StageFollower(own, group, verifier, timeout_s)
+    return [], StageFollower(make_stage(), group, verifier, timeout_s)
 
 
 def keeps_cache(config: Config) -> bool:

@@ -62,8 +62,8 @@ def push_from_stages(
         verifier = Verifier("full", shape, on_gpu=False)
         others, follow = form_senders(
             state,
-            LocalStage(state.rank, BUCKET_BYTES, flat=False),
             verifier,
+            lambda: LocalStage(state.rank, BUCKET_BYTES, flat=False),
             group_timeout_s=CONTROL_S,
             timeout_s=timeout_s,
         )

@@ -46,7 +46,9 @@ from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.buckets import make_buckets
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.group import form_group
+from megatron_matpo.weight_sync.ipc import IpcTransport
 from megatron_matpo.weight_sync.layout import EngineShape
+from megatron_matpo.weight_sync.shared_buffers import HostBuffer
 from megatron_matpo.weight_sync.transaction import Transaction, Transport
 from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.sglang_servers import SglangServer, sglang_servers
@@ -269,10 +271,16 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
             backend="gloo",
         )
 
+    def ipc() -> Transport:
+        writers = {server.url: (0,) for server in servers}
+        return IpcTransport(bucket_bytes=bucket_bytes, writers=writers, make_buffer=HostBuffer)
+
     kinds: list[tuple[str, str, Callable[[], Transport]]] = [
         ("broadcast", "version", broadcast),
         ("broadcast", "sample", broadcast),
         ("broadcast", "full", broadcast),
+        ("ipc", "version", ipc),
+        ("ipc", "sample", ipc),
         ("disk", "sample", lambda: DiskTransport(root / "weights", write)),
     ]
     num_bytes = sum(4 * tensor.numel() for tensor in weights.values())

@@ -60,6 +60,10 @@ class WeightSyncError(MatpoError, RuntimeError):
     """The engines did not take the new weights, or report another version than was pushed."""
 
 
+class HandoverError(MatpoError, RuntimeError):
+    """Device memory that one side of a colocated run gave back is not free for the other."""
+
+
 class CheckpointError(MatpoError, RuntimeError):
     """A checkpoint is missing, incomplete or belongs to another run."""
 

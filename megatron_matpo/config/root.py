@@ -64,6 +64,13 @@ class Config:
         return f"{self.run.dir}/{self.run.name}"
 
     @property
+    def transport(self) -> str:
+        """`weight_sync.transport` with `auto` decided."""
+        if self.weight_sync.transport != "auto":
+            return self.weight_sync.transport
+        return "ipc" if self.cluster.placement == "colocated" else "broadcast"
+
+    @property
     def command(self) -> Literal["train", "sft", "eval"]:
         """What the recipe has data for: `train`, `sft` or `eval`."""
         return "eval" if self.is_evaluation else "sft" if self.sft.data else "train"

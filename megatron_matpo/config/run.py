@@ -44,7 +44,7 @@ class ClusterConfig:
     """Nodes that train, the first ones; 0: as many as the ranks need (without GPUs: one)."""
     placement: str = "disaggregated"
     """`disaggregated`: trainer and engines on GPUs of their own; `colocated`: on the same ones, in
-    turns (so far for `matpo plan` and dry runs only)."""
+    turns (docs/colocated.md)."""
     node_timeout_s: float = 120.0
     """How long a node may be silent before the others stop the run."""
     gpu: str = ""

@@ -102,9 +102,11 @@ class TrainConfig:
 class WeightSyncConfig:
     """How the engines get the weights after every step."""
 
-    transport: str = "broadcast"
-    """`broadcast`; `disk`, for engines that share only a file system with the trainer; or `none`:
-    the control experiment in which engines keep the first weights."""
+    transport: str = "auto"
+    """`auto`: `ipc` with `cluster.placement=colocated`, else `broadcast`. `ipc`: in memory that
+    trainer and engines of one machine (GPU: of the same devices) share; `disk`: for engines that
+    share only a file system with the trainer; `none`: the control experiment in which engines keep
+    the first weights."""
     verify: str = "sample"
     """`full | sample | version`: what is compared before engines serve new weights. `full`: the
     engine's checksums of all parameters with the trainer's; `sample`: of an eighth of them, another
@@ -113,10 +115,11 @@ class WeightSyncConfig:
     folder: str = ""
     """Of `disk`: where the weights are written, as all nodes see it; empty: `RUN/weights`."""
     bucket_mb: int = 128
-    """Of `broadcast`: bytes that travel together; two buckets exist at a time on trainer rank 0."""
+    """Of `broadcast` and `ipc`: bytes that travel together; two buckets exist at a time on trainer
+    rank 0 (`ipc` on GPUs: on every rank)."""
     timeout_s: float = 120.0
     """Deadline of every wait of a push: the group's forming, a pause, each bucket (with `disk`: the
-    loading), the comparison, and the resumption."""
+    loading), the comparison, and the resumption. Colocated: also until memory is free."""
 
 
 @dataclass(frozen=True)

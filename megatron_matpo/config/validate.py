@@ -23,6 +23,7 @@ from megatron_matpo.config.validate_async import check_async
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_lora import check_lora, check_lora_model
+from megatron_matpo.config.validate_placement import check_shared
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
 from megatron_matpo.config.validate_train import TRAIN_AT_LEAST, TRAIN_CHOICES, check_train
@@ -41,7 +42,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.on_stale": ("wait", "refresh", "drop"),
     "reward.grader": GRADERS,
     "reward.judge.max_tokens_field": ("max_tokens", "max_completion_tokens"),
-    "weight_sync.transport": ("broadcast", "disk", "none"),
+    "weight_sync.transport": ("auto", "broadcast", "ipc", "disk", "none"),
     "weight_sync.verify": ("full", "sample", "version"),
     "cluster.placement": ("disaggregated", "colocated"),
     "algo.baseline": ("group_mean", "leave_one_out"),
@@ -289,11 +290,8 @@ def check_supported(config: Config, command: Command) -> Iterator[str]:
     """What `matpo plan` can reckon with but no run can do."""
     if command == "train" and config.rollout.max_staleness > 0:
         yield from check_async(config)
-    if config.cluster.placement == "colocated":
-        yield (
-            "cluster.placement=colocated: trainer and engines cannot share GPUs yet (`matpo plan` "
-            "and `matpo launch --dry-run` reckon with it); use disaggregated"
-        )
+    if command == "train" and not config.rollout.replay:
+        yield from check_shared(config)
 
 
 def _check_parallel(config: Config) -> Iterator[str]:

@@ -23,17 +23,14 @@ def check_async(config: Config) -> Iterator[str]:
             "GPUs, so nothing can be sampled while the trainer trains; use 0, or "
             "cluster.placement=disaggregated"
         )
-    if config.weight_sync.transport == "none":
+    if config.transport == "none":
         yield (
             f"{stale}: with weight_sync.transport=none the engines stay at version 0, which is "
             "too old from the second step after; use rollout.max_staleness=0"
         )
-    if rollout.on_update == "in_place" and config.weight_sync.transport not in (
-        "broadcast",
-        "disk",
-    ):
+    if rollout.on_update == "in_place" and config.transport not in ("broadcast", "disk"):
         yield (
             f"rollout.on_update=in_place: with weight_sync.transport="
-            f"{config.weight_sync.transport} engines forget their cache at every push; use "
+            f"{config.transport} engines forget their cache at every push; use "
             "broadcast or disk, or rollout.on_update=retract"
         )

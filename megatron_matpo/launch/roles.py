@@ -29,7 +29,7 @@ _PROBE_TIMEOUT_S = 1.0
 # The first generation compiles and allocates.
 _GENERATE_TIMEOUT_S = 5.0
 # Phases in which a rank has not built its model yet.
-_TRAINER_STARTING = frozenset({"start", "init", "build model"})
+_TRAINER_STARTING = frozenset({"start", "init", "take memory", "build model"})
 # Those in which the first rank has not trained since this start.
 _NOTHING_TRAINED = _TRAINER_STARTING | {"load", "connect"}
 _ENTRIES: dict[Command, str] = {

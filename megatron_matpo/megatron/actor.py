@@ -21,13 +21,14 @@ from torch import Tensor
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import NonFiniteError
-from megatron_matpo.megatron import hf_io, lora, lora_io, optimizer
+from megatron_matpo.megatron import everywhere, hf_io, lora, lora_io, optimizer
 from megatron_matpo.megatron.batch import MicroBatch
 from megatron_matpo.megatron.checkpoint import Checkpoints
 from megatron_matpo.megatron.host_weights import HostWeights
 from megatron_matpo.megatron.model import build_model, unwrap, wrap_ddp
 from megatron_matpo.megatron.nonfinite import Culprits, UpdateRefused, Watch, gather_culprits
 from megatron_matpo.megatron.parallel import ParallelState, data_group, pipeline_group
+from megatron_matpo.megatron.parking import Parking
 from megatron_matpo.megatron.schedule import LossFn, forward_backward, forward_logprobs
 
 
@@ -57,6 +58,7 @@ class MegatronActor:
         self._models: list[Any] = wrap_ddp(config, build_model(config, hf, state))
         self._optimizer = optimizer.build_optimizer(config, self._models)
         self._checkpoints = Checkpoints(config, self._models, self._optimizer, state)
+        self._parking = Parking(self._models, self._optimizer)
         self._reference: Callable[[], AbstractContextManager[None]] | None = None
 
     def load_initial(self) -> None:
@@ -125,6 +127,7 @@ class MegatronActor:
             UpdateRefused: loss or gradient norm is not finite; parameters and optimizer state are
                 as before, and the actor can be used further. Equal on all ranks.
         """
+        assert not self._parking.is_parked, "unpark() comes before an update"
         watch = Watch(loss_fn)
         metrics = self._reduce(self._differentiate(micro_batches, watch))
         loss = metrics.pop("loss")
@@ -199,6 +202,21 @@ class MegatronActor:
     def export(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Full tensors by Hugging Face name on rank 0; see `hf_io.iter_hf_tensors`."""
         return hf_io.iter_hf_tensors(self._models, self._hf, self._state, dtype)
+
+    def export_everywhere(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors by Hugging Face name on all ranks; see `everywhere.iter_everywhere`."""
+        return everywhere.iter_everywhere(self._models, self._hf, self._state, dtype)
+
+    def park(self) -> int:
+        """Move gradients and optimizer state off the device until `unpark`; see `Parking.park`.
+
+        Meanwhile the model scores, exports, saves and restores, but makes no update.
+        """
+        return self._parking.park()
+
+    def unpark(self) -> None:
+        """Bring back what `park` moved."""
+        self._parking.unpark()
 
     def save(
         self,

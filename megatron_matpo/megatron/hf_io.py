@@ -110,7 +110,7 @@ class _Random:
 @torch.no_grad()
 def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: ParallelState):
     """Copy every parameter of this rank from `read`, and make sure that none was forgotten."""
-    chunks = _parameters(models)
+    chunks = parameters_of(models)
     filled = set()
     for rule in placed_rules(hf, state.pp_size, state.vp_size, state.ep_size):
         if rule.stage != state.pp_rank or rule.expert_rank not in (None, state.ep_rank):
@@ -133,7 +133,7 @@ def _fill(models: Sequence[Any], hf: HfModelConfig, read: Slicer, state: Paralle
     assert not forgotten, f"megatron.families has no rule for {forgotten}"
 
 
-def _parameters(models: Sequence[Any]) -> list[dict[str, Tensor]]:
+def parameters_of(models: Sequence[Any]) -> list[dict[str, Tensor]]:
     """Per chunk, parameters by name."""
     return [dict(unwrap(model).named_parameters()) for model in models]
 
@@ -179,7 +179,7 @@ def iter_hf_tensors(
     is_dense = state.is_first_holder
     if not is_dense and state.edp_rank:
         return
-    chunks = _parameters(models)
+    chunks = parameters_of(models)
     dtype = dtype or next(iter(chunks[0].values())).dtype
     for rule in placed_rules(hf, state.pp_size, state.vp_size, state.ep_size):
         if rule.is_copy:
@@ -211,7 +211,7 @@ def _fetch_expert(
     # Names count from 0 inside a rank's experts, so rank 0 has one of the same name and shape.
     local = rule.parameter(parameters).detach()
     if rule.expert_rank == 0:
-        return _own_memory(hf_tensors(rule, [local.to(dtype)], hf), local)
+        return own_memory(hf_tensors(rule, [local.to(dtype)], hf), local)
     group = expert_group()
     if state.ep_rank:
         dist.send(local.to(dtype).contiguous(), dst=dist.get_global_rank(group, 0), group=group)
@@ -237,10 +237,10 @@ def _gather(
         shards = [torch.empty_like(local) for _ in range(state.tp_size)] if is_root else []
         group = tensor_group()
         dist.gather(local, shards or None, dst=dist.get_global_rank(group, 0), group=group)
-    return {} if state.tp_rank else _own_memory(hf_tensors(rule, shards, hf), parameter)
+    return {} if state.tp_rank else own_memory(hf_tensors(rule, shards, hf), parameter)
 
 
-def _own_memory(full: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
+def own_memory(full: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:
     """Without a gather or a conversion, tensors could still be the model's own memory."""
     own = parameter.untyped_storage().data_ptr()
     return {

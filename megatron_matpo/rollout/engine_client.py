@@ -7,6 +7,7 @@ Deadlines, the errors told apart and the bound of an answer are those of `engine
 from __future__ import annotations
 
 import asyncio
+import base64
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -182,6 +183,15 @@ class EngineClient(EngineHttp):
         """
         await self._ask("POST", "/flush_cache", b"{}", deadline_s)
 
+    async def wait_idle(self, *, deadline_s: float) -> None:
+        """Return when the scheduler has nothing to do; it forgets all cached prefixes then.
+
+        Raises:
+            EngineRejected: requests are still running or waiting.
+            EngineError: as `generate`.
+        """
+        await self._ask("POST", f"/flush_cache?timeout={deadline_s:g}", b"{}", deadline_s)
+
     async def init_weights_update_group(
         self,
         *,
@@ -267,6 +277,57 @@ class EngineClient(EngineHttp):
             "flush_cache": flush_cache,
         }
         await self._command("/update_weights_from_disk", body, deadline_s)
+
+    async def update_weights_from_tensor(
+        self,
+        *,
+        payloads: Sequence[bytes],
+        weight_version: str | None,
+        flush_cache: bool,
+        deadline_s: float,
+    ) -> None:
+        """Make the engine load a flat bucket out of memory that it can open.
+
+        Args:
+            payloads: for each tensor-parallel rank of the engine what it opens and how it is laid
+                out, as SGLang unpickles it (see `weight_sync.shared_buffers`).
+            weight_version: as for `update_weights_from_distributed`.
+            flush_cache: as for `update_weights_from_distributed`.
+            deadline_s: for the whole loading (seconds).
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        body = {
+            "serialized_named_tensors": [base64.b64encode(part).decode() for part in payloads],
+            "load_format": "flattened_bucket",
+            "weight_version": weight_version,
+            "flush_cache": flush_cache,
+        }
+        await self._command("/update_weights_from_tensor", body, deadline_s)
+
+    async def release_memory(self, *, tags: Sequence[str], deadline_s: float) -> None:
+        """Give the memory of `weights` or `kv_cache` back to the device; what was in it is lost.
+
+        The engine must be paused and idle: SGLang ends its scheduler with an assertion otherwise.
+        It gives back nothing without `--enable-memory-saver`, and answers all the same.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        body = orjson.dumps({"tags": list(tags)})
+        await self._ask("POST", "/release_memory_occupation", body, deadline_s)
+
+    async def resume_memory(self, *, tags: Sequence[str], deadline_s: float) -> None:
+        """Take the memory of `tags` again, with undefined contents.
+
+        Only what was released: SGLang ends its scheduler with a KeyError otherwise.
+
+        Raises:
+            EngineError: as `generate`.
+        """
+        body = orjson.dumps({"tags": list(tags)})
+        await self._ask("POST", "/resume_memory_occupation", body, deadline_s)
 
     async def weight_checksums(self, *, deadline_s: float) -> list[dict[str, str]]:
         """What the engine's own checker says of the weights that it holds.

@@ -51,6 +51,8 @@ class EngineSpec:
     seed: int = 0
     weight_version: str = "0"
     """What the server calls the weights that it loads itself."""
+    gives_memory_back: bool = False
+    """The engine can release weights and KV cache (SGLang's memory saver, which only GPUs have)."""
     extra_args: tuple[str, ...] = ()
     """Appended as they are: they win over the arguments chosen here."""
 
@@ -100,6 +102,7 @@ def engine_command(spec: EngineSpec) -> EngineCommand:
         args += _CPU_ARGS
     else:
         args += ["--base-gpu-id", str(spec.base_gpu_id)]
+        args += ["--enable-memory-saver"] * spec.gives_memory_back
     env = {
         # /health answers at once and /health_generate generates; by default both take a second.
         "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
@@ -156,5 +159,6 @@ def engine_spec(config: Config, place: EnginePlace, key: str) -> EngineSpec:
         api_key=key,
         # Engines with one seed would answer the same prompt with the same samples.
         seed=config.run.seed + place.index,
+        gives_memory_back=config.cluster.placement == "colocated",
         extra_args=tuple(config.rollout.engine_args),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,17 +17,22 @@ from megatron_matpo.config.plan import Plan
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.rollout.engine_client import EngineClient
-from megatron_matpo.trainer.actor import build_actor
+from megatron_matpo.trainer.actor import build_actor, form_groups
 from megatron_matpo.trainer.clock import Clock
+from megatron_matpo.trainer.device_memory import device_memory
 from megatron_matpo.trainer.learner import PolicyLearner
+from megatron_matpo.trainer.placement import Apart, InTurns
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
 from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.weight_sync.broadcast import BroadcastTransport
-from megatron_matpo.weight_sync.disk import DiskTransport
+from megatron_matpo.trainer.transports import (
+    build_transport,
+    keeps_cache,
+    writers_on_devices,
+)
 from megatron_matpo.weight_sync.layout import EngineShape
-from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction, Transport
+from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
 from megatron_matpo.weight_sync.verify import Verifier
 
 SHARE_SLACK_S = 60.0
@@ -35,21 +41,49 @@ SHARE_SLACK_S = 60.0
 
 def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     """Form the process groups, build the model, and connect the parts. All ranks call."""
+    state = form_groups(config, clock)
+    plan = Plan.from_json((run_dir / "plan.json").read_text())
+    rollouts = _build_rollouts(config, plan, state, run_dir)
+    # The actor comes last: colocated engines give their memory back before its model takes it.
+    sync = build_sync(config, plan, lambda: actor, state, run_dir)
+    placement = Apart()
+    if config.cluster.placement == "colocated" and isinstance(sync, Transaction):
+        shared = {rank for ranks in writers_on_devices(plan).values() for rank in ranks}
+        memory = device_memory(config)
+        has_engine = state.rank in shared
+        placement = InTurns(sync, _meeting(config), memory, clock, has_engine=has_engine)
+        clock.enter("take memory")
+        rollouts.connect()
+        sync.connect()
+        placement.start()
     # The original's scheduler moves once per step.
     per_step = 1 if config.compat == "reference" else config.algo.updates_per_step
-    state, actor = build_actor(config, clock, config.run.steps * per_step)
-    plan = Plan.from_json((run_dir / "plan.json").read_text())
+    actor = build_actor(config, clock, state, config.run.steps * per_step)
+    if isinstance(placement, InTurns):
+        placement.own(actor)
     return Run(
         config=config,
         run_dir=run_dir,
         actor=actor,
         learner=PolicyLearner(config, actor, state, run_dir),
-        rollouts=_build_rollouts(config, plan, state, run_dir),
-        sync=_build_sync(config, plan, actor, state, run_dir),
+        rollouts=rollouts,
+        sync=sync,
+        placement=placement,
         clock=clock,
         log=RunLog(config, run_dir) if state.is_logging_rank else None,
         throughput=Throughput.of(config),
     )
+
+
+def _meeting(config: Config) -> Callable[[], None]:
+    """A barrier of all ranks, over gloo: it takes nothing of a GPU. All ranks call."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.timeout_s))
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+
+    def meet() -> None:
+        dist.barrier(group=group)
+
+    return meet
 
 
 def _build_rollouts(config: Config, plan: Plan, state: ParallelState, run_dir: Path) -> Rollouts:
@@ -71,9 +105,14 @@ def _build_rollouts(config: Config, plan: Plan, state: ParallelState, run_dir: P
     )
 
 
-def _build_sync(
-    config: Config, plan: Plan, actor: MegatronActor, state: ParallelState, run_dir: Path
+def build_sync(
+    config: Config,
+    plan: Plan,
+    actor: Callable[[], MegatronActor],
+    state: ParallelState,
+    run_dir: Path,
 ) -> WeightSync:
+    """What keeps the engines on the weights of `actor()`, which is asked for at the first push."""
     if config.rollout.replay:
         return NoEngines()
     key = os.environ["MATPO_ENGINE_KEY"]
@@ -86,33 +125,14 @@ def _build_sync(
         torch.bfloat16 if on_gpu else torch.float32,
         on_cpu=not on_gpu,
     )
+    transport, export = build_transport(config, plan, actor, run_dir)
     sync = Transaction(
-        actor.export,
+        export,
         engines,
-        _build_transport(config, plan, actor, run_dir),
+        transport,
         Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu),
         timeout_s=config.weight_sync.timeout_s,
         start_timeout_s=config.run.start_timeout_s,
-        pause_mode="in_place" if _keeps_cache(config) else "abort",
+        pause_mode="in_place" if keeps_cache(config) else "abort",
     )
-    return PushOnce(sync) if config.weight_sync.transport == "none" else sync
-
-
-def _build_transport(config: Config, plan: Plan, actor: MegatronActor, run_dir: Path) -> Transport:
-    settings = config.weight_sync
-    if settings.transport == "disk":
-        folder = Path(settings.folder or run_dir / "weights")
-        return DiskTransport(folder, actor.write_hf, flush_cache=not _keeps_cache(config))
-    return BroadcastTransport(
-        bucket_bytes=settings.bucket_mb << 20,
-        ranks_per_engine=config.rollout.tensor,
-        host=plan.trainer_host,
-        port=plan.weight_sync_port,
-        backend="nccl" if config.cluster.device == "cuda" else "gloo",
-        flush_cache=not _keeps_cache(config),
-    )
-
-
-def _keeps_cache(config: Config) -> bool:
-    """Whether generations go on from the cache of the weights before (`rollout.on_update`)."""
-    return config.rollout.max_staleness > 0 and config.rollout.on_update == "in_place"
+    return PushOnce(sync) if config.transport == "none" else sync

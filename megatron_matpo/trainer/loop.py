@@ -2,6 +2,8 @@
 
     collect -> score -> learn -> push weights -> evaluate? -> log -> checkpoint?
 
+`run.placement` hands devices over that trainer and engines share (`trainer/placement.py`).
+
 | phase   | produces                     | waits for                  | released by               |
 |---------|------------------------------|----------------------------|---------------------------|
 | collect | episodes of policy v         | engines serving v          | manager, or the recording |
@@ -26,10 +28,12 @@ def train(run: Run) -> None:
         RolloutError, DeadlineError: the step's episodes did not come.
         NonFiniteError: before the optimizer moved; the last checkpoint is whole.
         WeightSyncError: the engines did not take the weights.
+        HandoverError: memory that engines and trainer share did not become free.
     """
     config = run.config
     progress = run.resume()
     run.connect()
+    run.placement.to_rollout()
     with run.clock.phase("sync"):
         served = run.sync.push(progress.policy_version)
     run.evaluate_start(progress, served)
@@ -41,11 +45,13 @@ def train(run: Run) -> None:
                     batch = run.rollouts.collect(step, served, position=progress.data_position)
                 advantages = step_advantages(config, batch.groups)
                 samples = step_samples(config, batch, advantages)
+                run.placement.to_train()
                 with run.clock.phase("score"):
                     updates = run.learner.prepare(samples)
                 with run.clock.phase("train"):
                     result = run.learner.learn(updates, progress.num_updates, progress.step)
                 progress = progress.after(result.num_updates, batch.next_position)
+                run.placement.to_rollout()
                 with run.clock.phase("sync"):
                     served = run.sync.push(progress.policy_version)
             evaluation = run.evaluate(step, served)

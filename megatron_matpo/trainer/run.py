@@ -26,6 +26,7 @@ from megatron_matpo.obs.wandb_log import WandbLog
 from megatron_matpo.obs.why import PhaseHistory, StepFacts, explain
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult, PolicyLearner
+from megatron_matpo.trainer.placement import Placement
 from megatron_matpo.trainer.rollouts import Rollouts
 from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.trainer.throughput import Throughput
@@ -143,6 +144,7 @@ class Run:
     learner: PolicyLearner
     rollouts: Rollouts
     sync: WeightSync
+    placement: Placement
     clock: Clock
     log: RunLog | None
     throughput: Throughput

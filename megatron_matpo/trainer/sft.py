@@ -16,7 +16,7 @@ from megatron_matpo.data.schedule import num_trained_tokens
 from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.obs.stop_request import STOPPED_PHASE
-from megatron_matpo.trainer.actor import build_actor
+from megatron_matpo.trainer.actor import build_actor, form_groups
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import SupervisedLearner
 from megatron_matpo.trainer.process import run_rank
@@ -43,7 +43,8 @@ def train_supervised(config: Config, run_dir: Path, clock: Clock) -> None:
     config = replace(config, rollout=replace(config.rollout, temperature=1.0))
     tokenizer = Tokenizer.load(config.model.path)
     samples = read_conversations(config.sft.data, tokenizer, config.rollout.context_length)
-    state, actor = build_actor(config, clock, config.sft.steps)
+    state = form_groups(config, clock)
+    actor = build_actor(config, clock, state, config.sft.steps)
     learner = SupervisedLearner(config, actor, state, run_dir)
     log = RunLog(config, run_dir) if state.is_logging_rank else None
     throughput = Throughput.of(config)

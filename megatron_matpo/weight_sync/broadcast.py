@@ -53,7 +53,7 @@ class BroadcastTransport:
         # Unique, so that a second attempt never meets the keys or the group of a failed one.
         self._group_name = f"matpo_weights_{secrets.token_hex(4)}"
         # One thread: the export is a sequence of collectives, whose order must not change.
-        self._exporter = ThreadPoolExecutor(1, "weight-export", _use_device_of_this_thread())
+        self._exporter = ThreadPoolExecutor(1, "weight-export", use_device_of_this_thread())
         self._buckets: Iterator[Bucket] = iter(())
         self._first: Bucket | None = None
 
@@ -119,6 +119,11 @@ class BroadcastTransport:
         await engines.together(f"bucket {index - 1}, the last one", before)
         return num_bytes
 
+    def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """A push on a rank other than 0: only take part in the export."""
+        for _ in tensors:
+            pass
+
     async def close(self) -> None:
         """End the exporting thread once it is idle."""
         self._exporter.shutdown(wait=False, cancel_futures=True)
@@ -129,7 +134,7 @@ class BroadcastTransport:
         """Ask every engine to receive; SGLang takes such requests one after another."""
         return {
             engine.url: asyncio.ensure_future(
-                _timed(
+                timed(
                     number,
                     engine.update_weights_from_distributed(
                         names=bucket.names,
@@ -160,7 +165,7 @@ class BroadcastTransport:
         work.wait()
 
 
-def _use_device_of_this_thread() -> Callable[[], None]:
+def use_device_of_this_thread() -> Callable[[], None]:
     """CUDA's current device belongs to a thread; another one would begin with device 0."""
     if not torch.cuda.is_initialized():
         return lambda: None
@@ -168,7 +173,7 @@ def _use_device_of_this_thread() -> Callable[[], None]:
     return lambda: torch.cuda.set_device(device)
 
 
-async def _timed(index: int, wait: Awaitable[None]) -> None:
+async def timed(index: int, wait: Awaitable[None]) -> None:
     """`wait`, with a span that names the engine: `obs.why` looks for slow ones."""
     with span(RECEIVE, engine=index):
         await wait

@@ -27,11 +27,16 @@ class Bucket:
     """No tensor follows this bucket's."""
 
 
-def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
-    """Group `tensors` in order into buckets of at most `bucket_bytes` (a larger tensor goes alone).
+def group_tensors(
+    tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int
+) -> Iterator[tuple[list[tuple[str, Tensor]], bool]]:
+    """Group `tensors` in order into lists of at most `bucket_bytes` (a larger tensor goes alone).
 
-    A bucket holds one dtype: the receiver views slices of the bytes in place, which needs offsets
-    aligned to the element size. At most one bucket's tensors are alive at a time.
+    A group holds one dtype: the receiver views slices of the bytes in place, which needs offsets
+    aligned to the element size. At most one group's tensors are alive at a time.
+
+    Yields:
+        A group, and whether no tensor follows it.
     """
     pending: list[tuple[str, Tensor]] = []
     size = 0
@@ -39,12 +44,18 @@ def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> It
         num_bytes = tensor.numel() * tensor.element_size()
         other_dtype = bool(pending) and pending[-1][1].dtype != tensor.dtype
         if pending and (other_dtype or size + num_bytes > bucket_bytes):
-            yield _flatten(pending, is_last=False)
+            yield pending, False
             pending, size = [], 0
         pending.append((name, tensor))
         size += num_bytes
     if pending:
-        yield _flatten(pending, is_last=True)
+        yield pending, True
+
+
+def make_buckets(tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[Bucket]:
+    """The groups of `group_tensors` as flat buckets."""
+    for group, is_last in group_tensors(tensors, bucket_bytes):
+        yield _flatten(group, is_last=is_last)
 
 
 def _flatten(pending: list[tuple[str, Tensor]], *, is_last: bool) -> Bucket:

@@ -41,6 +41,10 @@ class EngineControl(Protocol):
         """Sample again."""
         ...
 
+    async def wait_idle(self, *, deadline_s: float) -> None:
+        """Return when the engine has nothing to do; it forgets cached prefixes then."""
+        ...
+
     async def init_weights_update_group(
         self,
         *,
@@ -74,6 +78,25 @@ class EngineControl(Protocol):
         self, *, folder: str, weight_version: str, flush_cache: bool, deadline_s: float
     ) -> None:
         """Make the engine load a folder."""
+        ...
+
+    async def update_weights_from_tensor(
+        self,
+        *,
+        payloads: Sequence[bytes],
+        weight_version: str | None,
+        flush_cache: bool,
+        deadline_s: float,
+    ) -> None:
+        """Make the engine load one bucket out of memory that it opens."""
+        ...
+
+    async def release_memory(self, *, tags: Sequence[str], deadline_s: float) -> None:
+        """Make the engine, paused, give memory back to its device."""
+        ...
+
+    async def resume_memory(self, *, tags: Sequence[str], deadline_s: float) -> None:
+        """Make it take that again, empty."""
         ...
 
     async def weight_version(self, *, deadline_s: float) -> str:

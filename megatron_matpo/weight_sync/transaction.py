@@ -1,10 +1,14 @@
 """A push as a transaction: prepare -> pause -> deliver -> verify -> resume.
 
+Engines that gave their memory to the trainer (`release`) take room for weights before `deliver`
+and their cache before `resume`.
+
 Invariants:
 
 * engines are paused only from `pause` to `resume`; what can be done before is done in `prepare`;
-* an engine is resumed with the old version (nothing was sent to any) or with the new one, verified
-  on all; after a failure in between all stay paused, and none serves parts of two versions;
+* an engine is resumed with the old version (nothing was sent to any, and it still holds it) or
+  with the new one, verified on all; after any other failure all stay paused, and none serves parts
+  of two versions;
 * every wait has the deadline `weight_sync.timeout_s`; the error names phase, engine and place.
 
 After a failure the object refuses further pushes: the group with the engines may be broken, and the
@@ -24,13 +28,14 @@ from torch import Tensor
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.engines import EngineControl, Engines, PauseMode
+from megatron_matpo.weight_sync.memory import EngineMemory
 from megatron_matpo.weight_sync.verify import Verifier
 
 Export = Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class Transport(Protocol):
-    """How the weights come to the engines. Called on rank 0 only."""
+    """How the weights come to the engines. Rank 0 calls all but `follow`, the others that alone."""
 
     async def connect(self, engines: Engines) -> None:
         """Form whatever is needed before the first push."""
@@ -46,6 +51,10 @@ class Transport(Protocol):
         Returns:
             Bytes that each engine got.
         """
+        ...
+
+    def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        """The part of a push that a rank has to play which does not talk to the engines."""
         ...
 
     async def close(self) -> None:
@@ -87,8 +96,10 @@ class Transaction:
         self._engines = Engines(engines, timeout_s)
         self._transport = transport
         self._verifier = verifier
+        self._memory = EngineMemory()
         self._start_timeout_s = start_timeout_s
         self._pause_mode: PauseMode = pause_mode
+        self._is_connected = False
         self._runner = asyncio.Runner()
         self._phase = ""
         self._failed = ""
@@ -98,12 +109,26 @@ class Transaction:
     def connect(self) -> None:
         """Wait for the engines, and connect the transport (rank 0; elsewhere nothing).
 
+        The second time there is nothing to do.
+
         Raises:
             EngineError: an engine does not generate inside `run.start_timeout_s`.
             WeightSyncError: an engine refused, or did not come inside `weight_sync.timeout_s`.
         """
-        if self._engines.clients:
+        if self._engines.clients and not self._is_connected:
             self._runner.run(self._connect())
+        self._is_connected = True
+
+    def release(self) -> None:
+        """Pause all engines and have them give their memory back; the next push undoes it.
+
+        Rank 0; elsewhere nothing.
+
+        Raises:
+            WeightSyncError: an engine refused, or did not answer in time. All stay paused.
+        """
+        if self._engines.clients:
+            self._runner.run(self._release())
 
     def push(self, version: PolicyVersion) -> PolicyVersion:
         """Send all weights as `version` and verify what every engine holds. All ranks call.
@@ -116,8 +141,7 @@ class Transaction:
                 before, if nothing was sent yet, and stay paused otherwise.
         """
         if not self._engines.clients:
-            for _ in self._export():
-                pass
+            self._transport.follow(self._export())
         elif self._failed:
             raise WeightSyncError(f"an earlier push failed: {self._failed}")
         else:
@@ -147,6 +171,14 @@ class Transaction:
             raise EngineTimeout(f"{error} (run.start_timeout_s)") from error
         await self._transport.connect(self._engines)
 
+    async def _release(self) -> None:
+        try:
+            await self._memory.release(self._engines)
+        except WeightSyncError as error:
+            self._failed = f"handing the engines' memory to the trainer: {error}"
+            now = await self._engines.describe()
+            raise WeightSyncError(f"{self._failed}. The engines stay paused. Now: {now}") from error
+
     async def _push(self, version: PolicyVersion) -> None:
         self._phase = "prepare"
         try:
@@ -163,11 +195,15 @@ class Transaction:
         self._phase, paused = "pause", time.monotonic()
         mode: PauseMode = self._pause_mode
         await engines.all("pausing", lambda e: e.pause(mode=mode, deadline_s=engines.request_s))
+        self._phase = "take weights"
+        await self._memory.take_weights(engines)
         self._phase, delivering = "deliver", time.monotonic()
         num_bytes = await self._transport.deliver(version, engines)
         self._phase, verifying = "verify", time.monotonic()
         await self._verifier.check(version, engines)
-        self._phase, verified = "resume", time.monotonic()
+        self._phase, verified = "take cache", time.monotonic()
+        await self._memory.take_cache(engines)
+        self._phase = "resume"
         await engines.all("resuming", lambda e: e.resume(deadline_s=engines.request_s))
         self.report = PushReport(
             num_bytes=num_bytes,
@@ -179,7 +215,9 @@ class Transaction:
 
     async def _after_failure(self) -> str:
         """Leave the engines in a state that can be named; what that is."""
-        if self._phase in ("prepare", "pause"):
+        if not self._memory.has_weights:
+            left = "The engines hold no weights, stay paused and serve nothing"
+        elif self._phase in ("prepare", "pause"):
             # Nothing was sent, so every engine may serve on. One that cannot be told so stays
             # paused, which is safe too.
             brief = _in_brief(self._engines)
@@ -188,7 +226,7 @@ class Transaction:
                 left = "No engine got anything: they serve the version before"
             except WeightSyncError as error:
                 left = f"No engine got anything; not all could be resumed ({error})"
-        elif self._phase == "resume":
+        elif self._phase in ("take cache", "resume"):
             left = "Every engine holds the new weights, verified; some may be paused still"
         else:
             left = "The engines stay paused and serve nothing: they may hold parts of two versions"

@@ -10,6 +10,8 @@ PACKAGE = Path(__file__).parents[2] / "megatron_matpo"
 DANGEROUS = {"pickle", "cloudpickle", "dill", "shelve", "marshal", "joblib"}
 # A pipe to its own child, which it started itself.
 ALLOWED = {"mcp_tools/python_sandbox.py", "mcp_tools/sandbox_child.py"}
+# SGLang takes weights in shared memory as a pickle; we write it and read none.
+WRITES_ONLY = "weight_sync/shared_buffers.py"
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -33,7 +35,9 @@ def test_no_module_unpickles() -> None:
         for module in imports(path)
         if module in DANGEROUS and (name := path.relative_to(PACKAGE).as_posix()) not in ALLOWED
     }
-    assert found == set()
+    assert found == {f"{WRITES_ONLY} imports pickle"}
+    used = {call for call in calls(PACKAGE / WRITES_ONLY) if call.split(".")[0] == "pickle"}
+    assert used == {"pickle.dumps"}
 
 
 def test_torch_files_are_not_loaded() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ class ScriptedFakeEngine:
         self.weights: dict[str, torch.Tensor] = {}
         self.is_paused = False
         self.is_dead = False
+        self.released: set[str] = set()
         self.asked: list[str] = []
 
     async def _enter(self, verb):
@@ -53,8 +55,12 @@ class ScriptedFakeEngine:
         self.is_paused = True
 
     async def resume(self, *, deadline_s):
+        assert not self.released, "nothing is sampled without weights and cache"
         await self._enter("resume")
         self.is_paused = False
+
+    async def wait_idle(self, *, deadline_s):
+        await self._enter("wait_idle")
 
     async def update_weights_from_disk(self, *, folder, weight_version, flush_cache, deadline_s):
         assert self.is_paused, "weights change only while nothing is sampled"
@@ -64,6 +70,33 @@ class ScriptedFakeEngine:
             next(iter(self.weights.values())).view(-1)[0] += 1e-3
         if self.fails.get("update") != "forgets":
             self.version = weight_version
+
+    async def update_weights_from_tensor(
+        self, *, payloads, weight_version, flush_cache, deadline_s
+    ):
+        assert self.is_paused, "weights change only while nothing is sampled"
+        assert "weights" not in self.released, "there is room for them"
+        await self._enter("load")
+        (payload,) = payloads
+        flat = pickle.loads(payload)  # what a test made, in this process
+        for item in flat["metadata"]:
+            data = flat["flattened_tensor"][item.start_idx : item.end_idx]
+            self.weights[item.name] = data.view(item.dtype).view(item.shape).clone()
+        if weight_version is not None:
+            assert flush_cache, "cached prefixes belong to the old weights"
+            self.version = weight_version
+
+    async def release_memory(self, *, tags, deadline_s):
+        assert self.is_paused, "SGLang ends its scheduler if it is not idle"
+        await self._enter("release " + "+".join(tags))
+        self.released |= set(tags)
+        if "weights" in tags:
+            self.weights = {}
+
+    async def resume_memory(self, *, tags, deadline_s):
+        assert set(tags) <= self.released, "SGLang ends its scheduler otherwise"
+        await self._enter("take " + "+".join(tags))
+        self.released -= set(tags)
 
     async def weight_version(self, *, deadline_s):
         await self._enter("version")

@@ -1,7 +1,7 @@
 """Proves the transaction against two stock SGLang servers, also when one of them freezes or dies.
 
-On the CPU, over gloo and over a folder, with a random Qwen3 of a few thousand parameters. The tests
-share the servers and run in order: the third freezes the second server, the last kills the first.
+On the CPU, over gloo, a folder and shared memory, with a random Qwen3 of a few thousand parameters.
+The tests share the servers and run in order: one freezes the second server, the last kills one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.engines import Engines
+from megatron_matpo.weight_sync.ipc import IpcTransport
 from megatron_matpo.weight_sync.layout import EngineShape
+from megatron_matpo.weight_sync.shared_buffers import HostBuffer
 from megatron_matpo.weight_sync.transaction import Transaction, Transport
 from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.sglang_servers import ROLLOUT_PYTHON, SglangServer, sglang_servers
@@ -167,6 +170,31 @@ def test_a_folder_reaches_both_too(site: Site, tmp_path: Path) -> None:
         for server in site.servers:
             assert {span.version for span in generate(server).versions} == {version}
     sync.close()
+
+
+def test_shared_memory_reaches_both_and_engines_give_their_own_away_in_between(
+    site: Site,
+) -> None:
+    weights = changed(site.weights, 7)
+    writers = {server.url: (0,) for server in site.servers}
+    ipc = IpcTransport(bucket_bytes=8192, writers=writers, make_buffer=HostBuffer)
+    sync = transaction(site.servers, weights, ipc)
+    sync.connect()
+    sync.push(41)
+    served = [generate(server) for server in site.servers]
+    sync.release()
+    with pytest.raises(EngineTimeout):
+        generate(site.servers[0], timeout_s=2.0)
+    with ThreadPoolExecutor() as pool:
+        waiting = [pool.submit(generate, server) for server in site.servers]
+        sync.push(42)
+        after = [future.result() for future in waiting]
+    sync.close()
+    for before, now in zip(served, after, strict=True):
+        assert {span.version for span in before.versions} == {41}
+        assert {span.version for span in now.versions} == {42}, "nothing was sampled in between"
+        assert now.token_ids == before.token_ids
+    assert sync.report.num_bytes == sum(4 * tensor.numel() for tensor in weights.values())
 
 
 def test_a_server_that_freezes_in_the_middle_of_a_push(site: Site) -> None:

@@ -163,7 +163,7 @@ def test_overrides_have_yaml_values_and_the_last_one_wins(write):
         ("cluster.gpu=h80-80g", "did you mean H800-80G?"),
         ("parallel.virtual=0", "must be at least 1"),
         ("reward.grader=luck", "expected one of exact_match, f1, numeric"),
-        ("weight_sync.transport=pigeon", "expected one of broadcast, disk, none"),
+        ("weight_sync.transport=pigeon", "expected one of auto, broadcast, ipc, disk, none"),
         ("algo.old_logprobs=x", "expected one of trainer, engine"),
         ("obs.wandb_mode=x", "expected one of auto, online, offline, disabled"),
         ("agents.a.role=boss", "expected one of planner, worker"),

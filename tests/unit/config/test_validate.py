@@ -71,13 +71,6 @@ def test_what_an_asynchronous_run_cannot_have(config, values, message):
     assert any(problem.startswith(message) for problem in problems)
 
 
-def test_a_colocated_trainer_can_be_planned_and_is_refused_for_a_run(config):
-    shared = section(config, "cluster", placement="colocated")
-    (problem,) = collect_violations(shared, command="train")
-    assert problem.startswith("cluster.placement=colocated: trainer and engines cannot share GPUs")
-    assert check_values(shared) == []
-
-
 def test_a_good_configuration_passes(config):
     assert collect_violations(config, command="train") == []
     assert collect_violations(config, command="sft") == []
@@ -224,12 +217,6 @@ def test_a_missing_node_is_named_with_the_command_that_installs_it(config, monke
         "tools.servers.search.command=npx: no such program on PATH; install Node"
     )
     assert "apt-get install nodejs npm" in line
-
-
-def test_what_only_the_plan_can_reckon_with_is_refused_for_a_run(config):
-    shared = section(config, "cluster", placement="colocated")
-    (line,) = collect_violations(shared, command="train")
-    assert line.startswith("cluster.placement=colocated: trainer and engines cannot share GPUs yet")
 
 
 def test_bf16_layers_of_an_fp8_run_fit_into_a_stage(config):

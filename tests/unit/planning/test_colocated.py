@@ -1,6 +1,6 @@
 """Trainer and engine on the same GPUs: phases against sums made by hand, and what is flagged.
 
-Not proved: that the phases are what a run does. No run is colocated yet.
+Not proved: that a run takes so much. None was measured yet.
 """
 
 from __future__ import annotations

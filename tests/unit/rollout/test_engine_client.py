@@ -265,6 +265,38 @@ def test_a_pause_that_aborts_waits_for_nothing_that_runs() -> None:
                 ("/abort_request", {"rid": "", "abort_all": True}),
             ]
 
+
+def test_verbs_of_shared_memory_speak_sglang() -> None:
+    async def scenario() -> None:
+        async with fake_server() as (fake, client):
+            fake.answer = answers({"success": True, "message": ""})
+            await client.wait_idle(deadline_s=1)
+            await client.release_memory(tags=["kv_cache", "weights"], deadline_s=1)
+            await client.resume_memory(tags=["weights"], deadline_s=1)
+            await client.update_weights_from_tensor(
+                payloads=[b"\x80\x04a", b"b"], weight_version="5", flush_cache=True, deadline_s=1
+            )
+            bodies = {path: body for _, path, body, _ in fake.asked}
+            assert bodies == {
+                "/flush_cache": {},
+                "/release_memory_occupation": {"tags": ["kv_cache", "weights"]},
+                "/resume_memory_occupation": {"tags": ["weights"]},
+                "/update_weights_from_tensor": {
+                    "serialized_named_tensors": ["gARh", "Yg=="],
+                    "load_format": "flattened_bucket",
+                    "weight_version": "5",
+                    "flush_cache": True,
+                },
+            }
+            fake.answer = answers({"success": False, "message": "Failed to update"})
+            with pytest.raises(EngineRejected, match=r"update_weights_from_tensor: .*Failed"):
+                await client.update_weights_from_tensor(
+                    payloads=[b""], weight_version=None, flush_cache=False, deadline_s=1
+                )
+            fake.answer = fake.fails
+            with pytest.raises(EngineRejected, match="release_memory_occupation: HTTP 500"):
+                await client.release_memory(tags=["weights"], deadline_s=1)
+
     asyncio.run(scenario())
 
 

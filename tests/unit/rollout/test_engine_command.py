@@ -53,6 +53,18 @@ def test_two_servers_share_no_port() -> None:
     assert ports == ["30000", "30001", "30002", "30003"]
 
 
+def test_only_an_engine_on_a_shared_gpu_has_the_memory_saver() -> None:
+    flag = "--enable-memory-saver"
+    for device in ("cpu", "cuda"):
+        for gives in (False, True):
+            spec = replace(SPEC, device=device, gives_memory_back=gives)
+            assert (flag in engine_command(spec).argv) == (device == "cuda" and gives)
+    shared = ClusterConfig(gpus_per_node=1, placement="colocated")
+    place = EnginePlace(0, 0, "127.0.0.1", 1, 2, (0,))
+    assert engine_spec(replace(Config(), cluster=shared), place, "k").gives_memory_back
+    assert not engine_spec(Config(), place, "k").gives_memory_back
+
+
 def test_cpu_and_cuda_differ_where_they_must() -> None:
     cpu = engine_command(SPEC)
     assert option(cpu.argv, "--attention-backend") == "torch_native"

@@ -17,6 +17,7 @@ from megatron_matpo.config.run import ObsConfig
 from megatron_matpo.obs.metrics_log import read_metrics
 from megatron_matpo.obs.status import PhaseWriter
 from megatron_matpo.trainer.clock import Clock
+from megatron_matpo.trainer.placement import Apart
 from megatron_matpo.trainer.run import Progress, Run, RunLog
 from tests.helpers.episodes import make_batch
 
@@ -42,6 +43,7 @@ def make_run(folder: Path, config: Config = CONFIG, *, is_logging: bool = True) 
     clock = Clock(PhaseWriter(folder, "trainer", 0))
     log = RunLog(config, folder) if is_logging else None
     parts = {"actor": None, "learner": None, "sync": None, "throughput": None}
+    parts["placement"] = Apart()
     return Run(
         config=config, run_dir=folder, rollouts=StubRollouts(), clock=clock, log=log, **parts
     )

@@ -16,6 +16,7 @@ from megatron_matpo.obs.status import PhaseWriter
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult
 from megatron_matpo.trainer.loop import train
+from megatron_matpo.trainer.placement import Apart
 from megatron_matpo.trainer.run import Run
 from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.trainer.throughput import Throughput
@@ -97,7 +98,8 @@ class StubRollouts:
 
 def run(actor, rollouts, folder):
     clock = Clock(PhaseWriter(folder, "trainer", 0))
-    train(Run(CONFIG, folder, actor, StubLearner(), rollouts, StubSync(), clock, None, SPEED))
+    parts = (actor, StubLearner(), rollouts, StubSync(), Apart(), clock, None, SPEED)
+    train(Run(CONFIG, folder, *parts))
 
 
 def test_a_resumed_run_asks_from_where_its_checkpoint_was(tmp_path):

@@ -16,6 +16,7 @@ from megatron_matpo.obs.step_spans import StepSpans
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult
 from megatron_matpo.trainer.loop import train
+from megatron_matpo.trainer.placement import Apart
 from megatron_matpo.trainer.run import Run, RunLog
 from tests.helpers.episodes import make_batch
 from tests.unit.trainer.test_loop import CONFIG, SPEED, StubActor, StubRollouts, StubSync
@@ -60,7 +61,7 @@ def test_a_slow_step_says_why_in_its_line_of_metrics(tmp_path, monkeypatch):
     spans = StepSpans(tmp_path, "trainer-0")
     clock = Clock(PhaseWriter(tmp_path, "trainer", 0), spans)
     log = RunLog(config, tmp_path)
-    parts = (StubActor(), Learner(), TailedRollouts(), StubSync(), clock, log, SPEED)
+    parts = (StubActor(), Learner(), TailedRollouts(), StubSync(), Apart(), clock, log, SPEED)
     train(Run(config, tmp_path, *parts))
     told = read_why(tmp_path)
     assert "tail: 1 of " in told[2]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_matpo.config.data import DataConfig
 from megatron_matpo.config.root import Config
+from megatron_matpo.data.dataset import prompts_from
 from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.types import Episode, Group, RolloutBatch, VersionSpan
@@ -22,7 +25,10 @@ from tests.helpers.rollouts import (
     make_question,
     make_tokenizer,
 )
+from tests.helpers.virtual_time import VirtualTimeLoop
 
+T = TypeVar("T")
+NUM_ROWS = 11
 Seconds = Callable[[str], float]
 """Conversation id -> seconds of each of its turns."""
 
@@ -91,7 +97,7 @@ def single_agent(num_prompts: int = 3, num_samples: int = 2, **rollout: Any) -> 
     )
 
 
-def manager_of(config: Config, policy: MovingPolicy, num_rows: int = 11) -> RolloutManager:
+def manager_of(config: Config, policy: MovingPolicy, num_rows: int = NUM_ROWS) -> RolloutManager:
     """A manager with rows `Who is 0?` and so on."""
     questions = {"train": [make_question(f"Who is {i}?") for i in range(num_rows)]}
     return RolloutManager(
@@ -147,3 +153,34 @@ def versions_of(batch: RolloutBatch) -> set[int]:
         for turn in item.turns
         for span in turn.versions
     }
+
+
+def run(work: Coroutine[Any, Any, T]) -> tuple[T, float]:
+    """The result, and when it came."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(work), runner.get_loop().time()
+
+
+def drawn(seed: int, tail: float = 6.0) -> Seconds:
+    """Seconds of a conversation: mostly around 1, one in five far longer."""
+
+    def seconds(conversation: str) -> float:
+        rng = random.Random(f"{seed}/{conversation}")
+        return rng.uniform(0.5, 1.5) * (tail if rng.random() < 0.2 else 1.0)
+
+    return seconds
+
+
+def rows_of(groups: Sequence[Group]) -> list[int]:
+    """Row of each group."""
+    return [group.row_index for group in groups]
+
+
+def all_groups(batches: Sequence[RolloutBatch]) -> list[Group]:
+    """In the order of the steps."""
+    return [group for batch in batches for group in batch.groups]
+
+
+def asked_in_order(config: Config, count: int) -> Counter[int]:
+    """How often the first `count` questions ask each row."""
+    return Counter(prompts_from(NUM_ROWS, count, config.run.seed, 0))

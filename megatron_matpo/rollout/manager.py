@@ -70,7 +70,8 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
         opening = open_tool_box(config.tools, run_dir / "logs", cache)
         tools = await stack.enter_async_context(opening)
         router = await _connect(config, plan, engine_key, chat, stack)
-        manager = RolloutManager(config, router.sampler, tools, chat, questions, judge)
+        manager = RolloutManager(config, router.sampler, tools, chat, questions, judge, router)
+        stack.push_async_callback(manager.close)
         stack.push_async_callback(server.close)  # requests end before what they use
         num_questions = sum(map(len, questions.values()))
         detail = f"{num_questions} questions, {router.num_engines} engines"

@@ -91,8 +91,12 @@ class Router(Generic[Params]):
 
     def sampler(self, version: PolicyVersion) -> StepSampler[Params]:
         """The policy at `version` and no other, for the episodes of one step."""
-        self.newest = max(self.newest, version)
+        self.expect(version)
         return StepSampler(self, version)
+
+    def expect(self, version: PolicyVersion) -> None:
+        """From now on an engine may serve up to `version`."""
+        self.newest = max(self.newest, version)
 
     def follower(self) -> StepSampler[Params]:
         """The policy as it is when it samples, for the episodes of one group.

@@ -1,4 +1,9 @@
-"""The manager's HTTP interface: `GET /health`, `POST /collect` (long poll, rollout bytes back).
+"""The manager's HTTP interface.
+
+    GET  /health             ready or not, and why
+    POST /collect            long poll: rollout bytes back
+    GET  /in_flight?step=N   what a checkpoint after step N has to hold: rollout bytes, or 204
+    POST /in_flight          such bytes back, before the first collect
 
 Every request but `/health` needs `Authorization: Bearer TOKEN`. A collect request whose client
 goes away is cancelled, and with it every episode that it started.
@@ -23,6 +28,8 @@ from megatron_matpo.types import PolicyVersion, RolloutBatch, RowAsk
 
 _log = logging.getLogger(__name__)
 
+_MAX_BODY_BYTES = 1 << 36
+"""Groups in flight are a few hundred MB of tokens; only who has the token is read at all."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -38,6 +45,14 @@ class Collector(Protocol):
         position: int,
     ) -> RolloutBatch:
         """As `RolloutManager.collect`."""
+        ...
+
+    def in_flight(self, trained_step: int) -> RolloutBatch | None:
+        """As `RolloutManager.in_flight`."""
+        ...
+
+    def restore(self, saved: RolloutBatch) -> None:
+        """As `RolloutManager.restore`."""
         ...
 
 
@@ -59,9 +74,11 @@ class ManagerServer:
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application()
+        app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_get("/health", self._health)
         app.router.add_post("/collect", self._collect)
+        app.router.add_get("/in_flight", self._in_flight)
+        app.router.add_post("/in_flight", self._restore)
         return app
 
     async def start(self, host: str, port: int) -> None:
@@ -85,18 +102,50 @@ class ManagerServer:
     async def _health(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"ready": self._collector is not None, "detail": self.detail})
 
-    async def _collect(self, request: web.Request) -> web.StreamResponse:
+    async def _in_flight(self, request: web.Request) -> web.StreamResponse:
+        collector = self._collector_for(request)
+        if isinstance(collector, web.Response):
+            return collector
+        step = request.query.get("step", "")
+        if not step.isdecimal():
+            return _failure(400, "ValueError", f"step={step!r}: expected a number")
+        saved = collector.in_flight(int(step))
+        if saved is None:
+            return web.Response(status=204)
+        body = await asyncio.to_thread(wire.encode, saved)
+        return web.Response(body=body, content_type="application/octet-stream")
+
+    async def _restore(self, request: web.Request) -> web.StreamResponse:
+        collector = self._collector_for(request)
+        if isinstance(collector, web.Response):
+            return collector
+        try:
+            body = await request.read()
+            collector.restore(await asyncio.to_thread(wire.decode, body, "groups in flight"))
+        except MatpoError as error:
+            _log.error("groups in flight: %s", error)
+            return _failure(500, type(error).__name__, str(error))
+        return web.Response(status=204)
+
+    def _collector_for(self, request: web.Request) -> Collector | web.Response:
+        """Who answers, or the answer to who may not ask or asks too early."""
         given = request.headers.get("Authorization", "").encode()
         if not hmac.compare_digest(given, self._expected):
             return _failure(401, "PermissionError", "wrong or missing bearer token")
         if self._collector is None:
             return _failure(503, "RolloutError", f"the rollout manager is not ready: {self.detail}")
+        return self._collector
+
+    async def _collect(self, request: web.Request) -> web.StreamResponse:
+        collector = self._collector_for(request)
+        if isinstance(collector, web.Response):
+            return collector
         try:
             step, version, split, asks, position = _read_request(await request.json())
         except (ValueError, TypeError, KeyError) as error:
             return _failure(400, "ValueError", f"not a collect request: {error}")
         try:
-            batch = await self._collector.collect(step, version, split, asks, position)
+            batch = await collector.collect(step, version, split, asks, position)
             # Large batches take seconds to encode; other requests are answered meanwhile.
             body = await asyncio.to_thread(wire.encode, batch)
             return web.Response(body=body, content_type="application/octet-stream")

@@ -26,7 +26,7 @@ from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rol
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
 from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.trainer.transports import build_transport, writers_on_devices
+from megatron_matpo.trainer.transports import build_transport, keeps_cache, writers_on_devices
 from megatron_matpo.weight_sync.layout import EngineShape
 from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
 from megatron_matpo.weight_sync.verify import Verifier
@@ -129,5 +129,6 @@ def build_sync(
         Verifier(config.weight_sync.verify, shape, on_gpu=on_gpu),
         timeout_s=config.weight_sync.timeout_s,
         start_timeout_s=config.run.start_timeout_s,
+        pause_mode="in_place" if keeps_cache(config) else "abort",
     )
     return PushOnce(sync) if config.transport == "none" else sync

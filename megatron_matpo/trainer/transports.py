@@ -26,6 +26,7 @@ def build_transport(
     settings = config.weight_sync
     on_gpu = config.cluster.device == "cuda"
     bucket_bytes = settings.bucket_mb << 20
+    flush_cache = not keeps_cache(config)
 
     def export_to_first() -> Iterator[tuple[str, Tensor]]:
         return actor().export()
@@ -35,8 +36,11 @@ def build_transport(
 
     if config.transport == "disk":
         folder = Path(settings.folder or run_dir / "weights")
-        disk = DiskTransport(folder, lambda path, tensors: actor().write_hf(path, tensors))
-        return disk, export_to_first
+
+        def write(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+            actor().write_hf(path, tensors)
+
+        return DiskTransport(folder, write, flush_cache=flush_cache), export_to_first
     if config.transport == "ipc" and on_gpu:
         timeout = timedelta(seconds=config.train.timeout_s)
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -47,12 +51,18 @@ def build_transport(
             make_buffer=DeviceBuffer,
             ranks=TrainerRanks(group),
             keeps_buffers=False,
+            flush_cache=flush_cache,
         )
         return ipc, export_to_all
     if config.transport == "ipc":
         # Whatever its rank, an engine on this machine can open what rank 0 writes.
         writers = {place.url: (0,) * config.rollout.tensor for place in plan.engines}
-        ipc = IpcTransport(bucket_bytes=bucket_bytes, writers=writers, make_buffer=HostBuffer)
+        ipc = IpcTransport(
+            bucket_bytes=bucket_bytes,
+            writers=writers,
+            make_buffer=HostBuffer,
+            flush_cache=flush_cache,
+        )
         return ipc, export_to_first
     broadcast = BroadcastTransport(
         bucket_bytes=bucket_bytes,
@@ -60,8 +70,14 @@ def build_transport(
         host=plan.trainer_host,
         port=plan.weight_sync_port,
         backend="nccl" if on_gpu else "gloo",
+        flush_cache=flush_cache,
     )
     return broadcast, export_to_first
+
+
+def keeps_cache(config: Config) -> bool:
+    """Whether generations go on from the cache of the weights before (`rollout.on_update`)."""
+    return config.rollout.max_staleness > 0 and config.rollout.on_update == "in_place"
 
 
 def writers_on_devices(plan: Plan) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,7 @@ class EngineMemory:
         """
         # Also of one that fails: it is not known what it holds.
         self._away = {WEIGHTS, KV_CACHE}
-        await engines.all("pausing", lambda e: e.pause(deadline_s=engines.request_s))
+        await engines.all("pausing", lambda e: e.pause(mode="abort", deadline_s=engines.request_s))
         # A request that has ended for its client can be in the scheduler's last batch for a moment,
         # and a scheduler that is not idle would be ended by an assertion.
         await engines.all("waiting for idle", lambda e: e.wait_idle(deadline_s=engines.request_s))

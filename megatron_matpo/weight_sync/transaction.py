@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
 from megatron_matpo.types import PolicyVersion
-from megatron_matpo.weight_sync.engines import EngineControl, Engines
+from megatron_matpo.weight_sync.engines import EngineControl, Engines, PauseMode
 from megatron_matpo.weight_sync.memory import EngineMemory
 from megatron_matpo.weight_sync.verify import Verifier
 
@@ -86,14 +86,19 @@ class Transaction:
         *,
         timeout_s: float,
         start_timeout_s: float,
+        pause_mode: PauseMode = "abort",
     ) -> None:
-        """Keep the arguments; nothing is contacted before `connect`."""
+        """Keep the arguments; nothing is contacted before `connect`.
+
+        `pause_mode` `in_place` goes with a transport that does not flush the engines' caches.
+        """
         self._export = export
         self._engines = Engines(engines, timeout_s)
         self._transport = transport
         self._verifier = verifier
         self._memory = EngineMemory()
         self._start_timeout_s = start_timeout_s
+        self._pause_mode: PauseMode = pause_mode
         self._is_connected = False
         self._runner = asyncio.Runner()
         self._phase = ""
@@ -188,7 +193,8 @@ class Transaction:
         started = time.monotonic()
         await self._transport.prepare(version, self._verifier.watch(version, self._export()))
         self._phase, paused = "pause", time.monotonic()
-        await engines.all("pausing", lambda e: e.pause(deadline_s=engines.request_s))
+        mode: PauseMode = self._pause_mode
+        await engines.all("pausing", lambda e: e.pause(mode=mode, deadline_s=engines.request_s))
         self._phase = "take weights"
         await self._memory.take_weights(engines)
         self._phase, delivering = "deliver", time.monotonic()

@@ -117,9 +117,9 @@ class Actor(StubActor):
     def __init__(self, side):
         self.side = side
 
-    def save(self, folder, step, extra):
+    def save(self, folder, step, extra, further):
         self.side.events.append("save")
-        super().save(folder, step, extra)
+        super().save(folder, step, extra, further)
 
 
 def whole_run(side, folder, steps=2, actor=None, fail_at=None):

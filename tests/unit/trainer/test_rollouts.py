@@ -23,10 +23,16 @@ class FakeManager(BaseHTTPRequestHandler):
     """Speaks the manager's HTTP interface; the requested step says how it behaves."""
 
     def do_GET(self):
+        if self.path.startswith("/in_flight"):
+            return self._send(200, self.path.encode())
         self._send(200, json.dumps({"ready": self.server.ready, "detail": "warming up"}).encode())
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/in_flight":
+            self.server.requests.append((self.headers["Authorization"], raw))
+            return self._send(204, b"")
+        body = json.loads(raw)
         self.server.requests.append((self.headers["Authorization"], body))
         if body["step"] == 1:
             self._send(200, encode(BATCH))
@@ -58,9 +64,9 @@ def server():
         server.shutdown()
 
 
-def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, start_timeout_s=1.0):
+def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, start_timeout_s=1.0, **config):
     return ManagerRollouts(
-        RolloutConfig(step_timeout_s=step_timeout_s),
+        RolloutConfig(step_timeout_s=step_timeout_s, **config),
         f"http://127.0.0.1:{server.server_port}",
         "secret-token",
         lambda data: data,
@@ -125,3 +131,17 @@ def test_a_request_to_stop_ends_the_wait_for_a_batch(server, tmp_path):
     with pytest.raises(StopRequested):
         source.collect(1, 0)
     assert len(server.requests) == 1, "nothing more is asked for"
+
+
+def test_groups_in_flight_come_from_the_manager_and_go_back_to_it(server, tmp_path):
+    source = rollouts(server)
+    assert source.in_flight(7) == b"", "a synchronous run has nothing in flight, and asks nobody"
+    assert rollouts(server, max_staleness=1).in_flight(7) == b"/in_flight?step=7"
+    assert rollouts(server, over_sample=0.5).in_flight(7) == b"/in_flight?step=7"
+    source.restore(None)
+    source.restore(tmp_path)  # the checkpoint of a synchronous run
+    assert server.requests == []
+    (tmp_path / "in_flight.rollout").write_bytes(b"groups")
+    source.restore(tmp_path)
+    assert server.requests == [("Bearer secret-token", b"groups")]
+    assert source.in_flight(8) == b"/in_flight?step=8", "some of them may be left"

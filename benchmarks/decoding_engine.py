@@ -79,6 +79,7 @@ class DecodingEngine:
         app.router.add_post("/continue_generation", self.resume)
         app.router.add_post("/version", self.set_version)
         app.router.add_get("/load", self.load)
+        app.router.add_get("/server_info", self.load)
         return app
 
     async def generate(self, request: web.Request) -> web.StreamResponse:

@@ -23,7 +23,7 @@ def check_async(config: Config) -> Iterator[str]:
             "GPUs, so nothing can be sampled while the trainer trains; use 0, or "
             "cluster.placement=disaggregated"
         )
-    if config.weight_sync.transport == "none":
+    if config.transport == "none":
         yield (
             f"{stale}: with weight_sync.transport=none the engines stay at version 0, which is "
             "too old from the second step after; use rollout.max_staleness=0"

@@ -157,8 +157,9 @@ class EngineClient(EngineHttp):
         await self._ask("POST", "/pause_generation", orjson.dumps({"mode": sent}), deadline_s)
         if mode == "abort":
             # SGLang 0.5.20 breaks an answer off if its last part meets one that is still to be sent
-            # (KeyError in _coalesce_streaming_chunks), so what was sampled gets out first.
-            await asyncio.sleep(_ABORTED_S)
+            # (KeyError in _coalesce_streaming_chunks). A question that only the scheduler can
+            # answer comes back behind all that was sampled.
+            await self._ask("GET", "/server_info", None, deadline_s)
             await self._abort_all(deadline_s)
 
     async def _abort_all(self, deadline_s: float) -> None:

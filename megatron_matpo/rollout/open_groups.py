@@ -87,9 +87,7 @@ class OpenGroups:
         # Failures count per step, where groups are handed over.
         limits = replace(config.rollout, max_failed_frac=1.0)
         self._scheduler = Scheduler(scorer, limits)
-        prompts = config.data.prompts_per_step
-        extra = math.ceil(config.rollout.over_sample * prompts)
-        self._most_open = (config.rollout.max_staleness + 1) * prompts + extra
+        self._extra = math.ceil(config.rollout.over_sample * config.data.prompts_per_step)
         self._open: dict[int, OpenGroup] = {}
         self._first: deque[tuple[GroupJob, dict[int, Episode]]] = deque()
         """Begun before further questions: what was refreshed, ended or in a checkpoint."""
@@ -206,13 +204,15 @@ class OpenGroups:
         return GroupJob(group.uid, row, rows[row], self._config.data.samples_per_prompt)
 
     def _admit(self) -> None:
-        """Begin as many groups as there is room for."""
-        while len(self._open) < self._most_open:
+        """Begin as many groups as there is room for, and steps left to train them."""
+        num_steps = min(self._bound + 1, max(1, self._config.run.steps - self._step + 1))
+        most_open = num_steps * self._config.data.prompts_per_step + self._extra
+        while len(self._open) < most_open:
             if self._first:
                 self._begin(*self._first.popleft())
                 continue
             assert self._position is not None
-            count = self._most_open - len(self._open)
+            count = most_open - len(self._open)
             for job in train_jobs(
                 self._config, self._rows, self._step, self._place, self._position, count
             ):

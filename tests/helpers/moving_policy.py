@@ -85,6 +85,7 @@ def single_agent(num_prompts: int = 3, num_samples: int = 2, **rollout: Any) -> 
     planner = replace(config.agents["planner"], tools=["web"])
     return replace(
         config,
+        run=replace(config.run, steps=1000),
         data=DataConfig(prompts_per_step=num_prompts, samples_per_prompt=num_samples),
         agents={"planner": planner},
     )

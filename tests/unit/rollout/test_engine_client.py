@@ -251,6 +251,21 @@ def test_control_verbs_speak_sglang() -> None:
     asyncio.run(scenario())
 
 
+def test_a_pause_that_aborts_waits_for_nothing_that_runs() -> None:
+    """SGLang's own mode would look again after a second."""
+
+    async def scenario() -> None:
+        async with fake_server() as (fake, client):
+            fake.answer = answers({})
+            await client.pause(mode="abort", deadline_s=1)
+            assert [(path, body) for _, path, body, _ in fake.asked] == [
+                ("/abort_request", {"rid": "", "abort_all": True}),
+                ("/pause_generation", {"mode": "retract"}),
+                ("/server_info", None),
+                ("/abort_request", {"rid": "", "abort_all": True}),
+            ]
+
+
 def test_verbs_of_shared_memory_speak_sglang() -> None:
     async def scenario() -> None:
         async with fake_server() as (fake, client):
@@ -281,22 +296,6 @@ def test_verbs_of_shared_memory_speak_sglang() -> None:
             fake.answer = fake.fails
             with pytest.raises(EngineRejected, match="release_memory_occupation: HTTP 500"):
                 await client.release_memory(tags=["weights"], deadline_s=1)
-
-    asyncio.run(scenario())
-
-
-def test_a_pause_that_aborts_waits_for_nothing_that_runs() -> None:
-    """SGLang's own mode would look again after a second."""
-
-    async def scenario() -> None:
-        async with fake_server() as (fake, client):
-            fake.answer = answers({})
-            await client.pause(mode="abort", deadline_s=1)
-            assert [(path, body) for _, path, body, _ in fake.asked] == [
-                ("/abort_request", {"rid": "", "abort_all": True}),
-                ("/pause_generation", {"mode": "retract"}),
-                ("/abort_request", {"rid": "", "abort_all": True}),
-            ]
 
     asyncio.run(scenario())
 

@@ -454,3 +454,15 @@ def spans_by_step(run_dir: Path) -> dict[str, int]:
         for span in file.spans
         if span.name == "episode"
     }
+
+
+def test_nothing_is_begun_that_no_step_would_train() -> None:
+    config = single_agent(num_samples=1, max_staleness=2)
+    config = replace(config, run=replace(config.run, steps=4))
+    policy = MovingPolicy(drawn(4))
+    manager = manager_of(config, policy, NUM_ROWS)
+    batches, _ = run(train(manager, policy, 4))
+    assert [batch.next_position for batch in batches] == [9, 12, 12, 12]
+    assert Counter(rows_of(all_groups(batches))) == asked_in_order(config, 12)
+    left = manager.in_flight(4)
+    assert left is not None and left.groups == ()

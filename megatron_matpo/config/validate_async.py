@@ -28,9 +28,3 @@ def check_async(config: Config) -> Iterator[str]:
             f"{stale}: with weight_sync.transport=none the engines stay at version 0, which is "
             "too old from the second step after; use rollout.max_staleness=0"
         )
-    if rollout.on_update == "in_place" and config.transport not in ("broadcast", "disk"):
-        yield (
-            f"rollout.on_update=in_place: with weight_sync.transport="
-            f"{config.transport} engines forget their cache at every push; use "
-            "broadcast or disk, or rollout.on_update=retract"
-        )

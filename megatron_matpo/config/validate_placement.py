@@ -30,11 +30,6 @@ def check_shared(config: Config) -> Iterator[str]:
 
 def _check_colocated(config: Config) -> Iterator[str]:
     cluster, transport = config.cluster, config.transport
-    if config.rollout.max_staleness > 0:
-        yield (
-            f"cluster.placement=colocated: rollout.max_staleness={config.rollout.max_staleness} "
-            "needs engines that sample while the trainer trains; use 0, or disaggregated"
-        )
     if transport == "none":
         yield (
             "weight_sync.transport=none: colocated engines lose their weights in every step and "

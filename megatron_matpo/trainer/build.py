@@ -26,11 +26,7 @@ from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rol
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
 from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
-from megatron_matpo.trainer.transports import (
-    build_transport,
-    keeps_cache,
-    writers_on_devices,
-)
+from megatron_matpo.trainer.transports import build_transport, keeps_cache, writers_on_devices
 from megatron_matpo.weight_sync.layout import EngineShape
 from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
 from megatron_matpo.weight_sync.verify import Verifier

@@ -34,6 +34,7 @@ def build_transport(
     settings = config.weight_sync
     on_gpu = config.cluster.device == "cuda"
     bucket_bytes = settings.bucket_mb << 20
+    flush_cache = not keeps_cache(config)
 
     def export_to_first() -> Iterator[tuple[str, Tensor]]:
         return actor().lend(by_stage=False)
@@ -46,12 +47,11 @@ def build_transport(
 
     if config.transport == "disk":
         folder = Path(settings.folder or run_dir / "weights")
-        disk = DiskTransport(
-            folder,
-            lambda path, tensors: actor().write_hf(path, tensors),
-            flush_cache=not keeps_cache(config),
-        )
-        return disk, export_to_first
+
+        def write(path: Path, tensors: Iterator[tuple[str, Tensor]]) -> None:
+            actor().write_hf(path, tensors)
+
+        return DiskTransport(folder, write, flush_cache=flush_cache), export_to_first
     if config.transport == "ipc" and on_gpu:
         timeout = timedelta(seconds=config.train.timeout_s)
         group = dist.new_group(backend="gloo", timeout=timeout)
@@ -62,12 +62,18 @@ def build_transport(
             make_buffer=DeviceBuffer,
             ranks=TrainerRanks(group),
             keeps_buffers=False,
+            flush_cache=flush_cache,
         )
         return ipc, export_to_all
     if config.transport == "ipc":
         # Whatever its rank, an engine on this machine can open what rank 0 writes.
         writers = {place.url: (0,) * config.rollout.tensor for place in plan.engines}
-        ipc = IpcTransport(bucket_bytes=bucket_bytes, writers=writers, make_buffer=HostBuffer)
+        ipc = IpcTransport(
+            bucket_bytes=bucket_bytes,
+            writers=writers,
+            make_buffer=HostBuffer,
+            flush_cache=flush_cache,
+        )
         return ipc, export_to_first
     return _broadcast(config, plan, state, verifier), export_by_stage
 

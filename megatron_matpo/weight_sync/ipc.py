@@ -78,6 +78,7 @@ class IpcTransport:
         make_buffer: MakeBuffer,
         ranks: TrainerRanks | None = None,
         keeps_buffers: bool = True,
+        flush_cache: bool = True,
     ) -> None:
         """Keep the arguments; memory is taken at the first push.
 
@@ -87,12 +88,14 @@ class IpcTransport:
             make_buffer: makes this rank's buffers.
             ranks: with all trainer ranks; None: rank 0 alone writes.
             keeps_buffers: between pushes; not on a GPU, whose memory others need then.
+            flush_cache: engines forget cached prefixes with the last bucket.
         """
         self._bucket_bytes = bucket_bytes
         self._writers = writers
         self._make_buffer = make_buffer
         self._ranks = ranks
         self._keeps_buffers = keeps_buffers
+        self._flush_cache = flush_cache
         self._buffers: list[SharedBuffer | None] = [None] * _NUM_BUFFERS
         # One thread: the export is a sequence of collectives, whose order must not change.
         self._exporter = ThreadPoolExecutor(1, "weight-export", use_device_of_this_thread())
@@ -157,7 +160,7 @@ class IpcTransport:
                         payloads=[bucket.payloads[rank] for rank in self._writers[engine.url]],
                         # An engine takes the version with the bucket: the last one carries it.
                         weight_version=str(version) if bucket.is_last else None,
-                        flush_cache=bucket.is_last,
+                        flush_cache=bucket.is_last and self._flush_cache,
                         deadline_s=engines.request_s,
                     ),
                 )

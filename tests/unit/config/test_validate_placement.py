@@ -53,7 +53,6 @@ def test_what_fits_together(config: Config) -> None:
     [
         (on_gpus("broadcast"), "weight_sync.transport=broadcast: NCCL refuses two processes"),
         (on_gpus("none"), "weight_sync.transport=none: colocated engines lose their weights"),
-        (on_gpus(max_staleness=1), "cluster.placement=colocated: rollout.max_staleness=1 needs"),
         (
             on_gpus(data=2),
             "cluster.placement=colocated: engine 4 is on GPUs 0 to 1 of node 1, which has 0",

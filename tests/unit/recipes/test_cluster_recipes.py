@@ -128,8 +128,7 @@ def test_nothing_is_wrong_but_what_no_run_can_do_yet(name, tmp_path, monkeypatch
     assert isinstance(on_cluster.tools, ToolsConfig)
     command = "eval" if config.is_evaluation else "train"
     found = {problem.split("=")[0] for problem in collect_violations(on_cluster, command=command)}
-    expected: set[str] = set()
-    assert found == expected
+    assert found == set()
     assert collect_warnings(on_cluster, command=command) == []
 
 

@@ -21,6 +21,7 @@ from megatron_matpo.config.validate_agents import check_agent, check_agent_limit
 from megatron_matpo.config.validate_algo import check_algo, warn_algo
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
+from megatron_matpo.config.validate_fleet import FLEET_AT_LEAST, FLEET_POSITIVE
 from megatron_matpo.config.validate_lora import check_lora, check_lora_model
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
 from megatron_matpo.config.validate_tools import check_tool_machine, check_tools
@@ -111,6 +112,7 @@ _AT_LEAST: dict[str, float] = {
     "doctor.min_allreduce_gb_s": 0,
     "doctor.max_clock_skew_s": 0,
     **TRAIN_AT_LEAST,
+    **FLEET_AT_LEAST,
 }
 # Dotted paths of values that must be greater than 0.
 _POSITIVE = (
@@ -132,6 +134,7 @@ _POSITIVE = (
     "doctor.collective_timeout_s",
     "doctor.disk_test_mib",
     "doctor.allreduce_mib",
+    *FLEET_POSITIVE,
 )
 # Dotted path -> (low, high); both allowed unless the low one is None (then 0 is excluded).
 _BETWEEN: dict[str, tuple[float | None, float]] = {

@@ -39,6 +39,23 @@ _ENTRIES: dict[Command, str] = {
 
 
 @dataclass(frozen=True)
+class RestartPolicy:
+    """How a role is started anew."""
+
+    max_restarts: int
+    """0: its end ends the run."""
+    backoff_s: float
+    """Before the first restart; doubles with each further one."""
+    backoff_max_s: float
+    num_peers: int
+    """Roles of the kind on all nodes, itself included; the run goes on while one is left."""
+
+    def pause_s(self, num_restarts: int) -> float:
+        """Before the restart that follows `num_restarts` earlier ones."""
+        return min(self.backoff_max_s, self.backoff_s * 2.0**num_restarts)
+
+
+@dataclass(frozen=True)
 class RoleSpec:
     """One process to start and watch."""
 
@@ -56,6 +73,8 @@ class RoleSpec:
     """The run cannot save a checkpoint without it."""
     stop_signal: int = signal.SIGTERM
     """How it is asked to stop."""
+    restarts: RestartPolicy | None = None
+    """How it is started anew when it ends after it was ready; None: its end ends the run."""
 
 
 def plan_roles(
@@ -93,6 +112,19 @@ def _engine(config: Config, place: EnginePlace, own: RunSecrets) -> RoleSpec:
         argv=tuple(started.argv),
         env={**_environment(config), **started.env},
         is_ready=lambda: engine_generates(place.url, own.engine_key),
+        restarts=_restarts(config),
+    )
+
+
+def _restarts(config: Config) -> RestartPolicy:
+    rollout = config.rollout
+    # The control experiment could not give a new engine the weights that the others keep.
+    can_restart = config.weight_sync.transport != "none"
+    return RestartPolicy(
+        max_restarts=rollout.max_engine_restarts if can_restart else 0,
+        backoff_s=rollout.restart_backoff_s,
+        backoff_max_s=rollout.restart_backoff_max_s,
+        num_peers=rollout.num_servers,
     )
 
 

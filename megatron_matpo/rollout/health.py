@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from megatron_matpo.config.rollout import HealthConfig
 from megatron_matpo.types import PolicyVersion
 
 
@@ -118,15 +119,6 @@ TABLE: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How many of a kind in a row it takes; see `config.rollout.HealthConfig`."""
-
-    max_failed_probes: int = 3
-    max_failed_requests: int = 2
-    recovery_probes: int = 2
-
-
-@dataclass(frozen=True)
 class Health:
     """What is known of one engine. Immutable: `after` makes the next one."""
 
@@ -142,7 +134,9 @@ class Health:
     good_probes: int = 0
     failed_requests: int = 0
 
-    def after(self, event: Event, limits: Limits, version: PolicyVersion | None = None) -> Health:
+    def after(
+        self, event: Event, limits: HealthConfig, version: PolicyVersion | None = None
+    ) -> Health:
         """The health once `event` is known; REFITTED and PUSHED carry a `version`."""
         assert (version is not None) == (event in (Event.REFITTED, Event.PUSHED))
         counted = self._counted(event, limits)
@@ -160,7 +154,7 @@ class Health:
             counted = replace(counted, present=version)
         return counted._entering(then, event, version, self.state)
 
-    def _counted(self, event: Event, limits: Limits) -> Health:
+    def _counted(self, event: Event, limits: HealthConfig) -> Health:
         """Counters stop at what decides, so that there are finitely many states."""
         match event:
             case Event.ANSWERED | Event.RESTARTED:
@@ -177,7 +171,7 @@ class Health:
             case _:
                 return self
 
-    def _holds(self, when: When, limits: Limits, version: PolicyVersion | None) -> bool:
+    def _holds(self, when: When, limits: HealthConfig, version: PolicyVersion | None) -> bool:
         match when:
             case When.ALWAYS:
                 return True

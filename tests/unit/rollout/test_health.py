@@ -14,16 +14,16 @@ from dataclasses import dataclass, replace
 
 import pytest
 
+from megatron_matpo.config.rollout import HealthConfig
 from megatron_matpo.rollout.health import (
     ROUTABLE,
     TABLE,
     Event,
     Health,
-    Limits,
     State,
 )
 
-LIMITS = Limits(max_failed_probes=3, max_failed_requests=2, recovery_probes=2)
+LIMITS = HealthConfig(max_failed_probes=3, max_failed_requests=2, recovery_probes=2)
 NEWEST = 3
 
 

@@ -4,14 +4,15 @@ Invariants:
 
 * turns of one conversation go to one engine (its prefix cache holds the context); a new
   conversation goes to the engine with the fewest requests in flight;
-* a request that an engine fails is tried once on every other engine; then the error stands;
+* only engines that the fleet calls routable get requests; without one they wait for it;
+* a request that an engine fails is tried once on every other one, and again on one that was
+  started anew; then the error stands;
 * tokens of a policy version that the step did not ask for are never handed on.
 """
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -19,14 +20,15 @@ from typing import Generic, Protocol, TypeVar
 from megatron_matpo.agents.sampling import Sampled
 from megatron_matpo.errors import EngineError, EngineRejected
 from megatron_matpo.obs.spans import note
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.types import PolicyVersion
 
 _log = logging.getLogger(__name__)
 
-# After a failure an engine gets new conversations only if no other engine is left.
-_SUSPECT_S = 10.0
 _FINISHED = ("stop", "length")
 
+Tried = set[tuple[int, int]]
+"""(engine, its incarnation) of the requests that failed."""
 Params = TypeVar("Params", contravariant=True)
 
 
@@ -53,7 +55,6 @@ class _State(Generic[Params]):
 
     engine: Engine[Params]
     num_in_flight: int = 0
-    suspect_until: float = 0.0
 
 
 class Router(Generic[Params]):
@@ -64,38 +65,45 @@ class Router(Generic[Params]):
         engines: Sequence[Engine[Params]],
         params_for: Callable[[int], Params],
         max_staleness: int = 0,
-        clock: Callable[[], float] = time.monotonic,
+        *,
+        fleet: Fleet,
     ) -> None:
-        """`params_for(max_tokens)` makes the sampling parameters of one request."""
+        """`params_for(max_tokens)` makes the sampling parameters of one request.
+
+        `fleet` knows which of `engines` may be asked.
+        """
+        self._fleet = fleet
         self._states = [_State(engine) for engine in engines]
         self._params_for = params_for
         self._max_staleness = max_staleness
-        self._clock = clock
 
     def sampler(self, version: PolicyVersion) -> StepSampler[Params]:
         """The policy at `version`, for the episodes of one step."""
         return StepSampler(self, version)
 
-    def pick(self, tried: Sequence[int]) -> int:
-        """Index of the engine for a new conversation; engines in `tried` are left out."""
-        now = self._clock()
-        left = [index for index in range(len(self._states)) if index not in tried]
-        return min(
-            left,
-            key=lambda index: (
-                self._states[index].suspect_until > now,
-                self._states[index].num_in_flight,
-            ),
-        )
+    async def engine_for(self, wanted: int | None, tried: Tried, last: EngineError | None) -> int:
+        """The engine of the next request: `wanted` if it may be asked, else the least loaded.
 
-    def is_suspect(self, index: int) -> bool:
-        """The engine failed a moment ago."""
-        return self._states[index].suspect_until > self._clock()
+        Raises:
+            EngineError: `last`; every engine was `tried`, and those that failed are not dead.
+        """
+        has_settled = False
+        while True:
+            routable = await self._fleet.wait_routable()
+            left = [i for i in routable if (i, self._fleet.incarnation(i)) not in tried]
+            if wanted in left:
+                return wanted
+            if left:
+                return min(left, key=lambda index: self._states[index].num_in_flight)
+            if last is None or has_settled:
+                assert last is not None, "nothing was tried"
+                raise last
+            await self._fleet.settled(routable)
+            has_settled = True
 
-    @property
-    def num_engines(self) -> int:
-        """Number of engines."""
-        return len(self._states)
+    def start_of(self, index: int) -> tuple[int, int]:
+        """The engine's present start, for `Tried`."""
+        return index, self._fleet.incarnation(index)
 
     async def generate(
         self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion
@@ -108,10 +116,12 @@ class Router(Generic[Params]):
         state = self._states[index]
         state.num_in_flight += 1
         try:
-            sampled = await state.engine.generate(ids, self._params_for(max_tokens))
+            request = state.engine.generate(ids, self._params_for(max_tokens))
+            sampled = await self._fleet.guarded(index, request)
             self._check(state.engine.url, sampled, version)
-        except EngineError:
-            state.suspect_until = self._clock() + _SUSPECT_S
+            self._fleet.served(index)
+        except EngineError as error:
+            self._fleet.failed(index, error)
             raise
         finally:
             state.num_in_flight -= 1
@@ -153,18 +163,17 @@ class StepSampler(Generic[Params]):
         self._engine_of: dict[str, int] = {}
 
     async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Sampled:
-        """As `Sampler.sample`; tries every engine at most once."""
-        tried: list[int] = []
+        """As `Sampler.sample`; tries every start of an engine at most once."""
+        tried: Tried = set()
+        last: EngineError | None = None
         while True:
-            index = self._engine_of.get(conversation_id)
-            if index is None or index in tried or self._router.is_suspect(index):
-                index = self._router.pick(tried)
-                self._engine_of[conversation_id] = index
+            wanted = self._engine_of.get(conversation_id)
+            index = await self._router.engine_for(wanted, tried, last)
+            self._engine_of[conversation_id] = index
+            tried.add(self._router.start_of(index))
             try:
-                note(engine=index, engines_tried=len(tried) + 1)
+                note(engine=index, engines_tried=len(tried))
                 return await self._router.generate(index, ids, max_tokens, self._version)
             except EngineError as error:
-                tried.append(index)
-                if len(tried) == self._router.num_engines:
-                    raise
+                last = error
                 _log.warning("%s; trying another engine", error)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from megatron_matpo.errors import EngineRejected, EngineUnreachable
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.types import VersionSpan
 from tests.helpers.rollouts import FakeGeneration
@@ -31,9 +32,9 @@ class Server:
         return FakeGeneration((1, 2), (-0.5, -0.5), self.finish_reason, spans)
 
 
-def router_of(*servers: Server, max_staleness: int = 0, clock: list[float] | None = None) -> Router:
-    now = clock if clock is not None else [0.0]
-    return Router(servers, lambda max_tokens: max_tokens, max_staleness, lambda: now[0])
+def router_of(*servers: Server, max_staleness: int = 0, fleet: Fleet | None = None) -> Router:
+    fleet = fleet or Fleet.unwatched([server.url for server in servers])
+    return Router(servers, lambda max_tokens: max_tokens, max_staleness, fleet=fleet)
 
 
 def test_new_conversations_go_to_the_least_loaded_and_stay() -> None:
@@ -49,18 +50,29 @@ def test_new_conversations_go_to_the_least_loaded_and_stay() -> None:
     assert servers[0].served[0] == ([7], 16)
 
 
-def test_a_failure_moves_the_conversation_and_spares_the_engine() -> None:
-    servers, now = [Server("a", failure=EngineUnreachable("a: gone")), Server("b")], [0.0]
+def test_a_failure_moves_the_conversation_and_a_streak_spares_the_engine() -> None:
+    servers = [Server("a", failure=EngineUnreachable("a: gone")), Server("b")]
 
     async def run() -> None:
-        sampler = router_of(*servers, clock=now).sampler(3)
+        sampler = router_of(*servers).sampler(3)
         await sampler.sample([1], 9, "c")
         for index in range(5):
             await sampler.sample([1], 9, f"d{index}")
-        assert [len(server.served) for server in servers] == [1, 6]
-        now[0] = 60.0  # forgiven: it is asked again, and fails again
-        await sampler.sample([1], 9, "e")
-        assert [len(server.served) for server in servers] == [2, 7]
+        assert [len(server.served) for server in servers] == [2, 6]
+
+    asyncio.run(run())
+
+
+def test_a_conversation_stays_where_it_moved() -> None:
+    servers = [Server("a"), Server("b")]
+
+    async def run() -> None:
+        sampler = router_of(*servers).sampler(3)
+        servers[0].failure = EngineUnreachable("a: gone")
+        await sampler.sample([1], 9, "c")
+        servers[0].failure = None
+        await sampler.sample([1], 9, "c")
+        assert [len(server.served) for server in servers] == [1, 2]
 
     asyncio.run(run())
 

@@ -65,8 +65,9 @@ from megatron_matpo.data.dataset import Question  # noqa: E402
 from megatron_matpo.data.tokenizer import Tokenizer  # noqa: E402
 from megatron_matpo.mcp_tools.pool import McpToolBox  # noqa: E402
 from megatron_matpo.rollout.collect import RolloutManager  # noqa: E402
-from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams  # noqa: E402
+from megatron_matpo.rollout.engine_client import EngineClient  # noqa: E402
 from megatron_matpo.rollout.fleet import Fleet  # noqa: E402
+from megatron_matpo.rollout.generation import SamplingParams  # noqa: E402
 from megatron_matpo.rollout.manager import ease_collector  # noqa: E402
 from megatron_matpo.rollout.routing import Router  # noqa: E402
 from megatron_matpo.types import PolicyVersion, RolloutBatch  # noqa: E402

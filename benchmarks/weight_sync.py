@@ -41,7 +41,7 @@ from megatron_matpo.errors import EngineError
 from megatron_matpo.launch.ports import free_ports
 from megatron_matpo.megatron.hf_io import write_hf_folder
 from megatron_matpo.megatron.mapping import hf_shapes
-from megatron_matpo.rollout.engine_client import SamplingParams
+from megatron_matpo.rollout.generation import SamplingParams
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.buckets import make_buckets
 from megatron_matpo.weight_sync.disk import DiskTransport

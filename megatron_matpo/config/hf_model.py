@@ -49,7 +49,6 @@ class HfModelConfig:
     rms_eps: float
     tie_word_embeddings: bool
     max_positions: int
-    eos_token_ids: tuple[int, ...]
     qkv_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
@@ -118,8 +117,6 @@ def _read_fields(raw: dict[str, Any], family: Family, file: Path) -> dict[str, A
     if theta is None:
         raise ConfigError(f"{file}: neither rope_parameters.rope_theta nor rope_theta is set")
     num_heads = int(need("num_attention_heads"))
-    eos: Any = raw.get("eos_token_id")
-    eos_ids: tuple[int, ...] = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     if family.is_moe:
         if num_experts(raw) is None:
             raise ConfigError(f"{file}: the field 'num_experts' is missing")
@@ -137,13 +134,36 @@ def _read_fields(raw: dict[str, Any], family: Family, file: Path) -> dict[str, A
         "rms_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "max_positions": int(need("max_position_embeddings")),
-        "eos_token_ids": eos_ids,
         "qkv_bias": family.qkv_bias,
         "qk_norm": family.qk_norm,
         "sliding_window": read_window(family, raw),
         "rope_scaling": read_scaling(raw),
         "moe": read_moe(raw) if family.is_moe else None,
     }
+
+
+def _ids(value: int | list[int] | None) -> tuple[int, ...]:
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def end_token_ids(folder: str | Path) -> tuple[int, ...]:
+    """Tokens with which an engine ends a generation by itself.
+
+    `eos_token_id` of `config.json` and of `generation_config.json`, where there are such.
+
+    Raises:
+        ConfigError: a file is not valid JSON.
+    """
+    found: list[int] = []
+    for name in ("config.json", "generation_config.json"):
+        file = Path(folder) / name
+        try:
+            found += _ids(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{file}: not what Hugging Face writes ({error})") from error
+    return tuple(dict.fromkeys(found))
 
 
 def _divisors(*numbers: int) -> str:

@@ -79,6 +79,7 @@ _AT_LEAST: dict[str, float] = {
     "rollout.num_servers": 1,
     "rollout.tensor": 1,
     "rollout.max_staleness": 0,
+    "rollout.stream_tokens": 0,
     "rollout.context_length": 1,
     "rollout.max_total_tokens": 0,
     "rollout.max_running_requests": 1,

@@ -82,6 +82,8 @@ def engine_command(spec: EngineSpec) -> EngineCommand:
         *("--weight-version", spec.weight_version),
         # Tokens in, tokens out: text would only be decoded to be thrown away.
         "--skip-tokenizer-init",
+        # A part of an answer holds what is new, not all that came before.
+        "--incremental-streaming-output",
         # No structured output is asked for, and the default back-end is one more thing to load.
         *("--grammar-backend", "none"),
         # An idle scheduler polls: one core per engine, taken from the trainer (measured on 2 cores:

@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
 import orjson
 
-from megatron_matpo.errors import EngineRejected, EngineTimeout, EngineUnreachable
+from megatron_matpo.errors import EngineError, EngineRejected, EngineTimeout, EngineUnreachable
 
 _KEEPALIVE_S = 2.0
 _SHOWN_CHARS = 500
 # A sampled token takes about 50 bytes; of a longer answer the rest is not even read.
 _MAX_ANSWER_BYTES = 16 * 2**20
+_EVENT = b"data:"
+_DONE = b"[DONE]"
 
 
 class EngineHttp:
@@ -40,7 +43,11 @@ class EngineHttp:
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
-        """Close the connections; running requests are aborted. May be called twice."""
+        """Close the connections; running requests end as unreachable. May be called twice.
+
+        The next request opens new ones, so this is also how to give up all requests to a server
+        that does not answer.
+        """
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -59,7 +66,9 @@ class EngineHttp:
         deadline_s: float,
         setting: str = "deadline_s",
     ) -> dict[str, Any]:
-        data = await self._ask(method, path, body, deadline_s, setting)
+        return self._json(path, await self._ask(method, path, body, deadline_s, setting))
+
+    def _json(self, path: str, data: bytes) -> dict[str, Any]:
         try:
             answer = orjson.loads(data)
         except ValueError as error:
@@ -77,6 +86,48 @@ class EngineHttp:
         setting: str = "deadline_s",
     ) -> bytes:
         """The body of a 200 answer."""
+        session = self._open()
+        started = time.monotonic()
+        try:
+            async with session.request(
+                method, self.url + path, data=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
+            ) as response:
+                data = b"".join([part async for part in self._parts(response, path)])
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise self._failure(path, error, started, deadline_s, setting) from error
+        self._check_status(response, path, data)
+        return data
+
+    async def _events(
+        self, path: str, body: bytes, deadline_s: float, setting: str
+    ) -> AsyncIterator[dict[str, Any]]:
+        """Server-sent events of one answer, each a JSON object; ends with the server's `[DONE]`.
+
+        A server that answers with one JSON object instead has sent one event.
+        """
+        session = self._open()
+        started = time.monotonic()
+        try:
+            async with session.post(
+                self.url + path, data=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
+            ) as response:
+                rest = b""
+                has_events = response.content_type == "text/event-stream"
+                async for part in self._parts(response, path):
+                    if has_events and response.status == 200:
+                        *lines, rest = (rest + part).split(b"\n")
+                        for line in lines:
+                            if line.startswith(_EVENT) and line[len(_EVENT) :].strip() != _DONE:
+                                yield self._json(path, line[len(_EVENT) :])
+                    else:
+                        rest += part
+                self._check_status(response, path, rest)
+                if not has_events:
+                    yield self._json(path, rest)
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise self._failure(path, error, started, deadline_s, setting) from error
+
+    def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
             # No limit on connections: the manager bounds its requests, and a health check must not
             # queue behind generations.
@@ -86,38 +137,36 @@ class EngineHttp:
             self._session = aiohttp.ClientSession(
                 connector=connector, headers=self._headers, cookie_jar=aiohttp.DummyCookieJar()
             )
-        started = time.monotonic()
-        try:
-            async with self._session.request(
-                method, self.url + path, data=body, timeout=aiohttp.ClientTimeout(total=deadline_s)
-            ) as response:
-                data = await self._read(response, path)
-        except TimeoutError as error:
-            raise EngineTimeout(
-                f"{self.url}{path}: no complete answer after {time.monotonic() - started:.1f} s "
+        return self._session
+
+    def _failure(
+        self, path: str, error: Exception, started: float, deadline_s: float, setting: str
+    ) -> EngineError:
+        elapsed_s = time.monotonic() - started
+        if isinstance(error, TimeoutError):
+            return EngineTimeout(
+                f"{self.url}{path}: no complete answer after {elapsed_s:.1f} s "
                 f"({setting}={deadline_s:g})"
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise EngineUnreachable(
-                f"{self.url}{path}: {error or type(error).__name__} "
-                f"(after {time.monotonic() - started:.1f} s of {setting}={deadline_s:g})"
-            ) from error
+            )
+        return EngineUnreachable(
+            f"{self.url}{path}: {error or type(error).__name__} "
+            f"(after {elapsed_s:.1f} s of {setting}={deadline_s:g})"
+        )
+
+    def _check_status(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> None:
         if response.status != 200:
             raise EngineRejected(f"{self.url}{path}: HTTP {response.status}: {shown(data)}")
-        return data
 
-    async def _read(self, response: aiohttp.ClientResponse, path: str) -> bytes:
-        parts: list[bytes] = []
+    async def _parts(self, response: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:
         size = 0
         async for part in response.content.iter_any():
-            parts.append(part)
+            yield part
             size += len(part)
             if size > _MAX_ANSWER_BYTES:
                 response.close()  # else leaving the request would read on
                 raise EngineRejected(
                     f"{self.url}{path}: the answer is longer than {_MAX_ANSWER_BYTES >> 20} MiB"
                 )
-        return b"".join(parts)
 
 
 def shown(answer: bytes | dict[str, Any]) -> str:

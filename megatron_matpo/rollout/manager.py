@@ -23,6 +23,7 @@ from pathlib import Path
 from megatron_matpo.cache import ReplyCache
 from megatron_matpo.config import Config, load_resolved
 from megatron_matpo.config.evaluation import TRAIN_SPLIT
+from megatron_matpo.config.hf_model import end_token_ids
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.data.chat import Chat
 from megatron_matpo.data.dataset import Question, read_questions
@@ -33,8 +34,9 @@ from megatron_matpo.obs.failure import record_failure
 from megatron_matpo.obs.restart_request import request_restart
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout.collect import RolloutManager
-from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams
+from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.rollout.fleet import Fleet
+from megatron_matpo.rollout.generation import SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.rollout.server import ManagerServer
 
@@ -109,16 +111,20 @@ def _router_of(
 ) -> Router[SamplingParams]:
     rollout = config.rollout
 
+    # The engine ends with the model's own, too; a turn in pieces must know all of them.
+    stop_token_ids = (*{chat.end_of_turn_id, *end_token_ids(config.model.path)},)
+
     def params_for(max_tokens: int) -> SamplingParams:
         return SamplingParams(
             max_new_tokens=max_tokens,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
-            stop_token_ids=(chat.end_of_turn_id,),
+            stop_token_ids=stop_token_ids,
+            stream_every=rollout.stream_tokens,
         )
 
-    return Router(engines, params_for, rollout.max_staleness, fleet=fleet)
+    return Router(engines, params_for, stop_token_ids, fleet=fleet)
 
 
 def load_questions(config: Config) -> dict[str, list[Question]]:

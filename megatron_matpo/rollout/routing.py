@@ -7,11 +7,14 @@ Invariants:
 * only engines that the fleet calls routable get requests; without one they wait for it;
 * a request that an engine fails is tried once on every other one, and again on one that was
   started anew; then the error stands;
-* tokens of a policy version that the step did not ask for are never handed on.
+* a turn that an engine ends early (paused for new weights, or failed) goes on from its tokens, on
+  the same engine if it only paused;
+* tokens of a policy version that was not asked for are never handed on.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,15 +23,22 @@ from typing import Generic, Protocol, TypeVar
 from megatron_matpo.agents.sampling import Sampled
 from megatron_matpo.errors import EngineError, EngineRejected
 from megatron_matpo.obs.spans import note
+from megatron_matpo.rollout.continuation import Continuation
 from megatron_matpo.rollout.fleet import Fleet
+from megatron_matpo.rollout.generation import ABORT, BrokenGeneration, Generation
 from megatron_matpo.types import PolicyVersion
 
 _log = logging.getLogger(__name__)
 
-_FINISHED = ("stop", "length")
+_FINISHED = ("stop", "length", ABORT)
+# A paused engine holds requests back instead of ending them again and again; one that ends this
+# many in a row without a token is broken.
+_MAX_EMPTY = 8
+# Before a turn that was ended is sent again: the engine that ended it is about to pause.
+_RESEND_S = 0.25
 
-Tried = set[tuple[int, int]]
-"""(engine, its incarnation) of the requests that failed."""
+Starts = set[tuple[int, int]]
+"""(engine, its incarnation)"""
 Params = TypeVar("Params", contravariant=True)
 
 
@@ -64,54 +74,72 @@ class Router(Generic[Params]):
         self,
         engines: Sequence[Engine[Params]],
         params_for: Callable[[int], Params],
-        max_staleness: int = 0,
+        stop_token_ids: Sequence[int] = (),
         *,
         fleet: Fleet,
     ) -> None:
         """`params_for(max_tokens)` makes the sampling parameters of one request.
 
-        `fleet` knows which of `engines` may be asked.
+        `stop_token_ids` are all that end a turn, those of the model included. `fleet` knows which
+        of the `engines` may be asked.
         """
         self._fleet = fleet
         self._states = [_State(engine) for engine in engines]
         self._params_for = params_for
-        self._max_staleness = max_staleness
+        self.stop_token_ids = stop_token_ids
+        self._asked: PolicyVersion = 0
+        self.num_continued = 0
+        """Turns that were sampled in more than one piece."""
 
     def sampler(self, version: PolicyVersion) -> StepSampler[Params]:
-        """The policy at `version`, for the episodes of one step."""
+        """The policy at `version` and no other, for the episodes of one step."""
+        self._asked = max(self._asked, version)
         return StepSampler(self, version)
 
-    async def engine_for(self, wanted: int | None, tried: Tried, last: EngineError | None) -> int:
+    def follower(self) -> StepSampler[Params]:
+        """The policy as it is when it samples, for the episodes of one group.
+
+        Its turns may hold tokens of several versions; who takes them looks at their age.
+        """
+        return StepSampler(self, None)
+
+    @property
+    def newest(self) -> PolicyVersion:
+        """The newest version that any engine may serve (see `follower`)."""
+        return max(self._asked, self._fleet.present)
+
+    async def engine_for(
+        self, wanted: int | None, failed: Starts, last: EngineError | None
+    ) -> tuple[int, int]:
         """The engine of the next request: `wanted` if it may be asked, else the least loaded.
 
+        Returns:
+            Its index, and which start of it.
+
         Raises:
-            EngineError: `last`; every engine was `tried`, and those that failed are not dead.
+            EngineError: `last`; every engine is among `failed`, and none of them is dead.
         """
         has_settled = False
         while True:
             routable = await self._fleet.wait_routable()
-            left = [i for i in routable if (i, self._fleet.incarnation(i)) not in tried]
-            if wanted in left:
-                return wanted
+            starts = [(index, self._fleet.incarnation(index)) for index in routable]
+            left = [start for start in starts if start not in failed]
             if left:
-                return min(left, key=lambda index: self._states[index].num_in_flight)
-            if last is None or has_settled:
-                assert last is not None, "nothing was tried"
+                load = {index: state.num_in_flight for index, state in enumerate(self._states)}
+                return min(left, key=lambda start: (start[0] != wanted, load[start[0]]))
+            assert last is not None, "none has failed, and none is left"
+            if has_settled:
                 raise last
             await self._fleet.settled(routable)
             has_settled = True
 
-    def start_of(self, index: int) -> tuple[int, int]:
-        """The engine's present start, for `Tried`."""
-        return index, self._fleet.incarnation(index)
-
     async def generate(
-        self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion
+        self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion | None
     ) -> Sampled:
         """One request to one engine, its answer checked.
 
         Raises:
-            EngineError: the engine failed, aborted, or sampled with another policy version.
+            EngineError: the engine failed, or sampled with another policy version.
         """
         state = self._states[index]
         state.num_in_flight += 1
@@ -120,6 +148,10 @@ class Router(Generic[Params]):
             sampled = await self._fleet.guarded(index, request)
             self._check(state.engine.url, sampled, version)
             self._fleet.served(index)
+        except BrokenGeneration as error:
+            self._fleet.failed(index, error)
+            self._check(state.engine.url, error.sampled, version)
+            raise
         except EngineError as error:
             self._fleet.failed(index, error)
             raise
@@ -127,7 +159,7 @@ class Router(Generic[Params]):
             state.num_in_flight -= 1
         return sampled
 
-    def _check(self, url: str, sampled: Sampled, version: PolicyVersion) -> None:
+    def _check(self, url: str, sampled: Sampled, version: PolicyVersion | None) -> None:
         if sampled.finish_reason not in _FINISHED:
             raise EngineRejected(
                 f"{url}: the generation ended with {sampled.finish_reason!r} instead of "
@@ -140,13 +172,13 @@ class Router(Generic[Params]):
                 f"{url}: returned {num_tokens} tokens, but {len(sampled.logprobs)} log-probs and "
                 f"policy versions of {num_covered} tokens"
             )
-        oldest = version - self._max_staleness
+        oldest, newest = (0, self.newest) if version is None else (version, version)
         wrong = sorted(
-            {span.version for span in sampled.versions if not oldest <= span.version <= version}
+            {span.version for span in sampled.versions if not oldest <= span.version <= newest}
         )
         if wrong:
             served = ", ".join(map(str, wrong))
-            allowed = f"{version}" if oldest == version else f"{oldest} to {version}"
+            allowed = f"{version}" if oldest == newest else f"{oldest} to {newest}"
             raise EngineRejected(
                 f"{url}: sampled with policy version {served}, but the step asks for {allowed}: "
                 "the engine missed a weight push, or got one while it was sampling"
@@ -154,26 +186,41 @@ class Router(Generic[Params]):
 
 
 class StepSampler(Generic[Params]):
-    """Speaks `agents.sampling.Sampler`; lives for one step."""
+    """Speaks `agents.sampling.Sampler`; lives for one step, or for one group."""
 
-    def __init__(self, router: Router[Params], version: PolicyVersion) -> None:
-        """Use `Router.sampler`."""
+    def __init__(self, router: Router[Params], version: PolicyVersion | None) -> None:
+        """Use `Router.sampler` or `Router.follower`."""
         self._router = router
         self._version = version
         self._engine_of: dict[str, int] = {}
 
-    async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Sampled:
-        """As `Sampler.sample`; tries every start of an engine at most once."""
-        tried: Tried = set()
+    async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Generation:
+        """As `Sampler.sample`; after a failure tries every other start of an engine once."""
+        turn = Continuation(max_tokens, self._router.stop_token_ids)
+        failed: Starts = set()
         last: EngineError | None = None
+        num_empty = 0
         while True:
             wanted = self._engine_of.get(conversation_id)
-            index = await self._router.engine_for(wanted, tried, last)
-            self._engine_of[conversation_id] = index
-            tried.add(self._router.start_of(index))
+            start = await self._router.engine_for(wanted, failed, last)
+            index = self._engine_of[conversation_id] = start[0]
+            note(engine=index, engines_tried=len(failed) + 1)
             try:
-                note(engine=index, engines_tried=len(tried))
-                return await self._router.generate(index, ids, max_tokens, self._version)
+                piece = await self._router.generate(
+                    index, turn.context(ids), turn.num_left, self._version
+                )
+                ended = turn.add(piece)
+                num_empty = 0 if piece.token_ids else num_empty + 1
+                if num_empty > _MAX_EMPTY:
+                    raise EngineRejected(f"engine {index} ended {num_empty} requests at once")
+                if ended == ABORT:
+                    await asyncio.sleep(_RESEND_S)
             except EngineError as error:
-                last = error
-                _log.warning("%s; trying another engine", error)
+                ended = turn.add(error.sampled) if isinstance(error, BrokenGeneration) else ABORT
+                failed.add(start)
+                last, num_empty = error, 0
+                _log.warning("%s; going on with another engine", error)
+            if ended != ABORT:
+                self._router.num_continued += turn.num_pieces > 1
+                note(pieces=turn.num_pieces)
+                return turn.result(ended)

@@ -26,8 +26,9 @@ from torch import Tensor
 from torch import distributed as dist
 
 from megatron_matpo.errors import EngineRejected
-from megatron_matpo.rollout.engine_client import EngineClient, Generation, SamplingParams
+from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.rollout.engine_command import EngineSpec, engine_command
+from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.types import VersionSpan
 from megatron_matpo.weight_sync.buckets import make_buckets
 from megatron_matpo.weight_sync.group import form_group

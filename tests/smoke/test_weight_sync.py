@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_matpo.errors import EngineError, EngineTimeout, WeightSyncError
 from megatron_matpo.launch.ports import free_ports
-from megatron_matpo.rollout.engine_client import Generation, SamplingParams
+from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.engines import Engines

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_matpo.config.hf_families import MoeShape
-from megatron_matpo.config.hf_model import HfModelConfig, check_layout
+from megatron_matpo.config.hf_model import HfModelConfig, check_layout, end_token_ids
 from megatron_matpo.config.hf_rope import RopeScaling
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.errors import ConfigError
@@ -69,7 +69,6 @@ def test_all_fields(tmp_path):
         rms_eps=1e-6,
         tie_word_embeddings=True,
         max_positions=4096,
-        eos_token_ids=(7, 9),
         qk_norm=True,
     )
 
@@ -78,8 +77,7 @@ def test_older_spellings(tmp_path):
     """Transformers 4 wrote rope_theta at the top and rope_scaling: null."""
     old = write(tmp_path, rope_parameters=None, rope_theta=5e5, eos_token_id=7, head_dim=None)
     hf = HfModelConfig.from_folder(old)
-    assert (hf.rope_theta, hf.eos_token_ids, hf.head_dim) == (5e5, (7,), 16)
-    assert HfModelConfig.from_folder(write(tmp_path, eos_token_id=None)).eos_token_ids == ()
+    assert (hf.rope_theta, hf.head_dim) == (5e5, 16)
 
 
 def test_families_differ_in_what_a_layer_has(tmp_path):
@@ -249,3 +247,13 @@ def test_layouts_of_experts(tmp_path):
         "parallel.sequence=false: tiny has experts, which with parallel.tensor=2 need the sequence "
         "split over the tensor-parallel ranks; use true",
     ]
+
+
+def test_end_tokens_are_those_of_both_files(tmp_path: Path) -> None:
+    assert end_token_ids(write(tmp_path, eos_token_id=[7, 9])) == (7, 9)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 11]}')
+    assert end_token_ids(tmp_path) == (7, 9, 11)
+    assert end_token_ids(write(tmp_path, eos_token_id=None)) == (9, 11)
+    (tmp_path / "generation_config.json").write_text("[7]")
+    with pytest.raises(ConfigError, match=r"generation_config\.json: not what Hugging Face writes"):
+        end_token_ids(tmp_path)

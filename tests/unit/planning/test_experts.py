@@ -39,7 +39,6 @@ HF = HfModelConfig(
     rms_eps=1e-6,
     tie_word_embeddings=False,
     max_positions=40_960,
-    eos_token_ids=(),
     qkv_bias=False,
     qk_norm=True,
     sliding_window=None,

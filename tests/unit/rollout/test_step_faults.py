@@ -34,8 +34,9 @@ from megatron_matpo.mcp_tools.pool import McpToolBox
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout import scheduler
 from megatron_matpo.rollout.collect import RolloutManager
-from megatron_matpo.rollout.engine_client import EngineClient, SamplingParams
+from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.rollout.fleet import Fleet
+from megatron_matpo.rollout.generation import SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.types import RolloutBatch, Status
 from tests.helpers.fake_judge import FakeJudge
@@ -87,11 +88,11 @@ class FakeSglang:
             said = delegate("look it up")
         return web.json_response(self._generation(said))
 
-    def _generation(self, said: str, version: str = "0", reason: str = "stop") -> dict[str, Any]:
+    def _generation(self, said: str, version: str = "0") -> dict[str, Any]:
         ids = [*self.tokenizer.encode(said), self.end_id]
         spans = [{"version": version, "start": 0, "end": len(ids)}]
         meta = {
-            "finish_reason": {"type": reason},
+            "finish_reason": {"type": "stop"},
             "completion_tokens": len(ids),
             "output_token_logprobs": [[-0.5, token, None] for token in ids],
             "weight_version": version,
@@ -121,7 +122,8 @@ class FakeSglang:
             case "wrong_version":
                 return web.json_response(self._generation("report", version="7"))
             case "abort":
-                return web.json_response(self._generation("report", reason="abort"))
+                meta = {"finish_reason": {"type": "abort"}, "completion_tokens": 0}
+                return web.json_response({"output_ids": [], "meta_info": meta})
         return web.Response()
 
 

@@ -92,7 +92,11 @@ def plan_roles(
     """
     roles: list[RoleSpec] = []
     if command == "eval" or (command == "train" and not config.rollout.replay):
-        roles += [_engine(config, place, own) for place in plan.engines if place.node == node]
+        roles += [
+            _engine(config, place, own, serves_own_weights=command == "eval")
+            for place in plan.engines
+            if place.node == node
+        ]
         if node == LEADER:
             roles.append(_manager(config, plan, run_dir, own))
     if command == "eval" and node == LEADER:
@@ -103,10 +107,14 @@ def plan_roles(
     return [replace(role, env={**role.env, **settings}) for role in roles]
 
 
-def _engine(config: Config, place: EnginePlace, own: RunSecrets) -> RoleSpec:
+def _engine(
+    config: Config, place: EnginePlace, own: RunSecrets, *, serves_own_weights: bool
+) -> RoleSpec:
     from megatron_matpo.rollout.engine_command import engine_command, engine_spec
 
-    started = engine_command(engine_spec(config, place, own.engine_key))
+    started = engine_command(
+        engine_spec(config, place, own.engine_key, serves_own_weights=serves_own_weights)
+    )
     return RoleSpec(
         name=f"engine-{place.index}",
         argv=tuple(started.argv),

@@ -47,6 +47,10 @@ class WeightSync(Protocol):
         """Send the weights; returns the version that the engines serve."""
         ...
 
+    def refit(self, version: PolicyVersion) -> None:
+        """Give the weights to engines that were started anew; the others serve on."""
+        ...
+
     def close(self) -> None:
         """Release connections."""
         ...

@@ -16,12 +16,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from megatron_matpo.obs.spans import RECEIVE, span
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.buckets import Bucket, make_buckets
 from megatron_matpo.weight_sync.engines import Engines
-from megatron_matpo.weight_sync.group import form_group
+from megatron_matpo.weight_sync.group import form_group, leave_group, open_store
 
 T = TypeVar("T")
 POLL_S = 0.0005
@@ -44,20 +45,26 @@ class BroadcastTransport:
         self._bucket_bytes = bucket_bytes
         self._ranks_per_engine = ranks_per_engine
         self._host, self._port, self._backend = host, port, backend
+        self._store: c10d.Store | None = None
         self._group: dist.ProcessGroup | None = None
-        # Unique, so that a second attempt never meets the keys or the group of a failed one.
-        self._group_name = f"matpo_weights_{secrets.token_hex(4)}"
+        self._group_name = ""
         # One thread: the export is a sequence of collectives, whose order must not change.
         self._exporter = ThreadPoolExecutor(1, "weight-export", _use_device_of_this_thread())
         self._buckets: Iterator[Bucket] = iter(())
         self._first: Bucket | None = None
 
     async def connect(self, engines: Engines) -> None:
-        """Form the group with all engines.
+        """Form the group with these engines; the one before is left.
 
         Raises:
             WeightSyncError: an engine refused to join, or did not come inside the deadline.
         """
+        self._leave()
+        # Unique, so that a second attempt never meets the keys or the group of a failed one.
+        self._group_name = name = f"matpo_weights_{secrets.token_hex(4)}"
+        if self._store is None:
+            self._store = open_store(self._host, self._port, engines.timeout_s)
+        store = self._store
         world_size = 1 + self._ranks_per_engine * len(engines.clients)
         joins = {
             engine.url: engine.init_weights_update_group(
@@ -65,7 +72,7 @@ class BroadcastTransport:
                 master_port=self._port,
                 rank_offset=1 + i * self._ranks_per_engine,
                 world_size=world_size,
-                group_name=self._group_name,
+                group_name=name,
                 backend=self._backend,
                 deadline_s=engines.request_s,
             )
@@ -77,8 +84,9 @@ class BroadcastTransport:
                 port=self._port,
                 world_size=world_size,
                 backend=self._backend,
-                name=self._group_name,
+                name=name,
                 timeout_s=engines.timeout_s,
+                store=store,
             )
         )
         what = "forming the weight-sync group"
@@ -113,6 +121,21 @@ class BroadcastTransport:
             before, index = receives, index + 1
         await engines.together(f"bucket {index - 1}, the last one", before)
         return num_bytes
+
+    async def abandon(self) -> None:
+        """Leave the group, which may be broken, and see the export to its end.
+
+        Engines that wait in the group get an error, unless they wait for another one of them.
+        """
+        self._leave()
+        self._first = None
+        await asyncio.get_running_loop().run_in_executor(self._exporter, _exhaust, self._buckets)
+
+    def _leave(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            # On GPUs it may wait for work that never ends.
+            _in_daemon_thread(lambda: leave_group(group))
 
     async def close(self) -> None:
         """End the exporting thread once it is idle."""
@@ -153,6 +176,11 @@ class BroadcastTransport:
         while not work.is_completed():
             await asyncio.sleep(POLL_S)
         work.wait()
+
+
+def _exhaust(buckets: Iterator[Bucket]) -> None:
+    for _ in buckets:
+        pass
 
 
 def _use_device_of_this_thread() -> Callable[[], None]:

@@ -50,6 +50,7 @@ class DiskTransport:
         try:
             # Not in another thread: there is nothing to do beside it, and the export's collectives
             # stay in this one.
+            shutil.rmtree(self._path(version), ignore_errors=True)  # of an earlier attempt
             self._write(self._path(version), tensors)
         except OSError as error:
             raise WeightSyncError(f"writing {self._path(version)}: {error}") from error
@@ -72,6 +73,9 @@ class DiskTransport:
             if other != path:
                 await asyncio.to_thread(shutil.rmtree, other, ignore_errors=True)
         return num_bytes
+
+    async def abandon(self) -> None:
+        """Nothing is under way: the export ended in `prepare`."""
 
     async def close(self) -> None:
         """Leave nothing on the disk: checkpoints hold the weights."""

@@ -17,10 +17,12 @@ def form_group(
     name: str,
     timeout_s: float,
     rank: int = 0,
+    store: c10d.Store | None = None,
 ) -> dist.ProcessGroup:
     """Join as rank 0 the group that the engines join as ranks 1.. (blocks until all are there).
 
-    `matpo doctor` joins as the other ranks, too, where there are no engines yet.
+    `matpo doctor` joins as the other ranks, too, where there are no engines yet. `store` is one of
+    `open_store`, for whoever forms several groups one after another at the same address.
 
     `torch.distributed.new_group` cannot do this, because its members must share one world. The
     engines form their side with `tcp://host:port`, a store prefixed by the group's name and
@@ -34,9 +36,10 @@ def form_group(
     # Not torch's tcp:// rendezvous: under torchrun that makes rank 0 a client of a store which
     # torchrun's agent would have to serve.
     # torch.distributed does not re-export the class by name, though it is public.
-    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, world_size, is_master=rank == 0, timeout=timeout
-    )
+    if store is None:
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host, port, world_size, is_master=rank == 0, timeout=timeout
+        )
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,
@@ -50,3 +53,20 @@ def form_group(
     c10d._world.pg_group_ranks[group] = {i: i for i in range(world_size)}
     assert isinstance(group, dist.ProcessGroup), "every rank that joins is a member"
     return group
+
+
+def open_store(host: str, port: int, timeout_s: float) -> c10d.Store:
+    """Serve the keys of all groups that rank 0 will form; their names keep them apart.
+
+    It waits for nobody: a group is complete when all of it have found each other's keys.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+        host, port, None, is_master=True, timeout=timeout, wait_for_workers=False
+    )
+
+
+def leave_group(group: dist.ProcessGroup) -> None:
+    """Forget a group that may be broken; whoever waits in it for this rank gets an error."""
+    group.abort()
+    dist.destroy_process_group(group)

@@ -1,19 +1,22 @@
-"""A push as a transaction: prepare -> pause -> deliver -> verify -> resume.
+"""A push as a transaction: connect -> prepare -> pause -> deliver -> verify -> resume.
 
 Invariants:
 
 * engines are paused only from `pause` to `resume`; what can be done before is done in `prepare`;
-* an engine is resumed with the old version (nothing was sent to any) or with the new one, verified
-  on all; after a failure in between all stay paused, and none serves parts of two versions;
-* every wait has the deadline `weight_sync.timeout_s`; the error names phase, engine and place.
+* an engine is resumed with the new version, verified, or with the old one (nothing was sent to
+  any); none serves parts of two versions;
+* every wait has a deadline; the error names phase, engine and place.
 
-After a failure the object refuses further pushes: the group with the engines may be broken, and the
-run resumes from its last checkpoint with new engines.
+An engine that fails is reported as lost, and the push is made again with those that still answer
+(`weight_sync.retries`), in a group of their own. When that is used up the object refuses further
+pushes, and the run resumes from its last checkpoint with new engines. Who takes part is rank 0's
+word (`Membership`); all ranks make the export together, so that word is shared before each.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,10 @@ from torch import Tensor
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.engines import EngineControl, Engines
+from megatron_matpo.weight_sync.membership import FixedMembership, Member, Recovery, Which
 from megatron_matpo.weight_sync.verify import Verifier
+
+_log = logging.getLogger(__name__)
 
 Export = Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -33,7 +39,7 @@ class Transport(Protocol):
     """How the weights come to the engines. Called on rank 0 only."""
 
     async def connect(self, engines: Engines) -> None:
-        """Form whatever is needed before the first push."""
+        """Form what is needed to reach these engines; what was formed before is left."""
         ...
 
     async def prepare(self, version: PolicyVersion, tensors: Iterator[tuple[str, Tensor]]) -> None:
@@ -48,9 +54,17 @@ class Transport(Protocol):
         """
         ...
 
+    async def abandon(self) -> None:
+        """After a failure: let go of what is broken, and see the export to its end."""
+        ...
+
     async def close(self) -> None:
         """Release what `connect` and `prepare` took."""
         ...
+
+
+_NOBODY, _GO, _DONE, _AGAIN = b"nobody", b"go", b"done", b"again"
+_POLL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -77,16 +91,27 @@ class Transaction:
         *,
         timeout_s: float,
         start_timeout_s: float,
+        recovery: Recovery | None = None,
     ) -> None:
-        """Keep the arguments; nothing is contacted before `connect`."""
+        """Keep the arguments; nothing is contacted before `connect`.
+
+        Without `recovery` a push is not tried again, and rank 0 is alone.
+        """
         self._export = export
         self._engines = Engines(engines, timeout_s)
         self._transport = transport
         self._verifier = verifier
         self._start_timeout_s = start_timeout_s
+        self._recovery = recovery or Recovery(FixedMembership(len(engines)))
         self._runner = asyncio.Runner()
         self._phase = ""
         self._failed = ""
+        self._members: list[Member] = []
+        """Who takes part in the present push."""
+        self._connected: list[Member] = []
+        """Whom the transport reaches, or nobody."""
+        self._verified: set[Member] = set()
+        """Who has got weights at least once."""
         self.report = PushReport()
         """Of the last push."""
 
@@ -103,21 +128,47 @@ class Transaction:
     def push(self, version: PolicyVersion) -> PolicyVersion:
         """Send all weights as `version` and verify what every engine holds. All ranks call.
 
+        Engines that cannot take them are left out and reported as lost.
+
         Returns:
             The version that the engines serve from now on.
 
         Raises:
-            WeightSyncError: a phase failed or a deadline passed. The engines serve the version
-                before, if nothing was sent yet, and stay paused otherwise.
+            WeightSyncError: a phase failed or a deadline passed, and trying again did not help, or
+                no engine is left. The engines serve the version before, if nothing was sent yet,
+                and stay paused otherwise.
         """
-        if not self._engines.clients:
-            for _ in self._export():
-                pass
-        elif self._failed:
-            raise WeightSyncError(f"an earlier push failed: {self._failed}")
-        else:
-            self._runner.run(self._push(version))
+        self._bring(version, Which.LIVING)
         return version
+
+    def refit(self, version: PolicyVersion) -> None:
+        """Give the weights to engines that wait for them; the others serve on. All ranks call.
+
+        The weights are the present ones, and `version` is the one that the others serve.
+
+        Raises:
+            WeightSyncError: an engine answers, but cannot take them.
+        """
+        self._bring(version, Which.WAITING)
+
+    def _bring(self, version: PolicyVersion, which: Which) -> None:
+        is_first_rank = bool(self._engines.clients)
+        agree, num_attempts = self._recovery.agree, 1 + self._recovery.retries
+        if self._failed:
+            raise WeightSyncError(f"an earlier push failed: {self._failed}")
+        for attempt in range(1, num_attempts + 1):
+            word = self._runner.run(self._gather(which)) if is_first_rank else None
+            if agree(word) == _NOBODY:
+                return
+            if is_first_rank:
+                is_last = attempt == num_attempts
+                word = self._runner.run(self._push(version, is_last=is_last))
+            else:
+                for _ in self._export():
+                    pass
+            if agree(word) == _DONE:
+                return
+        raise AssertionError("rank 0 raises when the last attempt fails")
 
     def close(self) -> None:
         """Release connections and the event loop. Engines stay as they are."""
@@ -140,29 +191,89 @@ class Transaction:
             )
         except EngineTimeout as error:
             raise EngineTimeout(f"{error} (run.start_timeout_s)") from error
+        self._connected = await self._recovery.membership.members(Which.ALL)
         await self._transport.connect(self._engines)
 
-    async def _push(self, version: PolicyVersion) -> None:
-        self._phase = "prepare"
+    async def _gather(self, which: Which) -> bytes:
+        """Wait until an engine can take part.
+
+        Raises:
+            WeightSyncError: none inside `run.start_timeout_s`.
+        """
+        membership = self._recovery.membership
+        # At the start the manager may not have heard of what this rank has waited for.
+        which = which if self._verified else Which.ALL
+        end = time.monotonic() + self._start_timeout_s
+        while not (members := await membership.members(which)):
+            if which is Which.WAITING:
+                return _NOBODY
+            if time.monotonic() > end:
+                raise WeightSyncError(
+                    f"no engine to give weights to inside run.start_timeout_s="
+                    f"{self._start_timeout_s:g}: {await membership.describe()}"
+                )
+            await asyncio.sleep(_POLL_S)
+        self._members = members
+        return _GO
+
+    async def _push(self, version: PolicyVersion, *, is_last: bool) -> bytes:
+        engines = Engines(
+            [self._engines.clients[member.index] for member in self._members],
+            self._engines.timeout_s,
+            [member.index for member in self._members],
+        )
         try:
-            await self._transact(version)
+            await self._reach(engines)
+            await self._transact(version, engines)
+            return _DONE
         except WeightSyncError as error:
-            self._failed = f"weights of version {version}, phase {self._phase!r}: {error}"
-            left = await self._after_failure()
+            what = f"weights of version {version}, phase {self._phase!r}: {error}"
+            # In `prepare` no engine has a part: the export or the disk would fail again.
+            if not is_last and self._phase != "prepare":
+                self._connected = []
+                await self._transport.abandon()
+                lost = await engines.silent(self._recovery.answer_timeout_s)
+                _log.warning("%s. Lost engines: %s. Trying again", what, lost or "none")
+                await self._recovery.membership.lost(lost)
+                return _AGAIN
+            self._failed = what
+            left = await self._after_failure(engines)
             raise WeightSyncError(f"{self._failed}. {left}") from error
 
-    async def _transact(self, version: PolicyVersion) -> None:
-        engines = self._engines
-        started = time.monotonic()
-        await self._transport.prepare(version, self._verifier.watch(version, self._export()))
+    async def _reach(self, engines: Engines) -> None:
+        """Connect the transport to `engines`, unless that is how it is.
+
+        Raises:
+            WeightSyncError: one does not answer, or cannot be connected.
+        """
+        self._phase = "connect"
+        if self._members == self._connected:
+            return
+        # Who is asked to join a group with one that does not come is stuck in there.
+        if silent := await engines.silent(self._recovery.answer_timeout_s):
+            raise WeightSyncError(f"engines that do not answer: {silent}")
+        self._connected = []
+        await self._transport.connect(engines)
+        self._connected = self._members
+
+    async def _transact(self, version: PolicyVersion, engines: Engines) -> None:
+        membership = self._recovery.membership
+        self._phase, started = "prepare", time.monotonic()
+        is_first = not self._verified.issuperset(self._members)
+        tensors = self._verifier.watch(version, self._export(), is_first=is_first)
+        await self._transport.prepare(version, tensors)
         self._phase, paused = "pause", time.monotonic()
+        await membership.refit_began(engines.indices)
         await engines.all("pausing", lambda e: e.pause(deadline_s=engines.request_s))
         self._phase, delivering = "deliver", time.monotonic()
         num_bytes = await self._transport.deliver(version, engines)
         self._phase, verifying = "verify", time.monotonic()
         await self._verifier.check(version, engines)
+        self._verified.update(self._members)
         self._phase, verified = "resume", time.monotonic()
-        await engines.all("resuming", lambda e: e.resume(deadline_s=engines.request_s))
+        # The manager knows the version before its first token comes.
+        await membership.refitted(version, engines.indices)
+        await self._resume(engines)
         self.report = PushReport(
             num_bytes=num_bytes,
             prepare_s=paused - started,
@@ -171,12 +282,24 @@ class Transaction:
             pause_s=time.monotonic() - paused,
         )
 
-    async def _after_failure(self) -> str:
+    async def _resume(self, engines: Engines) -> None:
+        """Resume what can be resumed: all of them hold the new weights, verified."""
+        try:
+            await engines.all("resuming", lambda e: e.resume(deadline_s=engines.request_s))
+        except WeightSyncError:
+            lost = await engines.unwilling(
+                lambda e: e.resume(deadline_s=engines.request_s), self._recovery.answer_timeout_s
+            )
+            if len(lost) == len(engines.clients) or not self._recovery.retries:
+                raise
+            await self._recovery.membership.lost(lost)
+
+    async def _after_failure(self, engines: Engines) -> str:
         """Leave the engines in a state that can be named; what that is."""
-        if self._phase in ("prepare", "pause"):
+        if self._phase in ("connect", "prepare", "pause"):
             # Nothing was sent, so every engine may serve on. One that cannot be told so stays
             # paused, which is safe too.
-            brief = _in_brief(self._engines)
+            brief = _in_brief(engines)
             try:
                 await brief.all("resuming", lambda e: e.resume(deadline_s=brief.request_s))
                 left = "No engine got anything: they serve the version before"
@@ -186,7 +309,7 @@ class Transaction:
             left = "Every engine holds the new weights, verified; some may be paused still"
         else:
             left = "The engines stay paused and serve nothing: they may hold parts of two versions"
-        return f"{left}. Now: {await self._engines.describe()}"
+        return f"{left}. Now: {await engines.describe()}"
 
 
 def _in_brief(engines: Engines) -> Engines:
@@ -212,6 +335,17 @@ class PushOnce:
             self._served = self._sync.push(version)
         return self._served
 
+    def refit(self, version: PolicyVersion) -> None:
+        """It cannot be done.
+
+        Raises:
+            WeightSyncError: always.
+        """
+        raise WeightSyncError(
+            "an engine lost the run's first weights, and with weight_sync.transport=none nobody "
+            "can give them again; start the run again under another run.name"
+        )
+
     def close(self) -> None:
         """As `Transaction.close`."""
         self._sync.close()
@@ -226,6 +360,9 @@ class NoEngines:
     def push(self, version: PolicyVersion) -> PolicyVersion:
         """Nothing is sent."""
         return version
+
+    def refit(self, version: PolicyVersion) -> None:
+        """Nobody waits."""
 
     def close(self) -> None:
         """Nothing to release."""

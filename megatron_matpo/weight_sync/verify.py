@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Verifier:
-    """`weight_sync.verify`: `full`, `sample` or `version`. The first push is never sampled."""
+    """`weight_sync.verify`: `full`, `sample` or `version`. First weights are compared whole."""
 
     def __init__(self, mode: str, shape: EngineShape, *, on_gpu: bool) -> None:
         """Engines of `shape`; `on_gpu` tells which checksum theirs is."""
@@ -34,12 +34,20 @@ class Verifier:
         self._checksum = device_checksum if on_gpu else host_checksum
         self._expected: dict[str, list[str]] = {}
         self._num_pushes = 0
+        self._is_first = True
 
     def watch(
-        self, version: PolicyVersion, tensors: Iterator[tuple[str, Tensor]]
+        self,
+        version: PolicyVersion,
+        tensors: Iterator[tuple[str, Tensor]],
+        *,
+        is_first: bool = False,
     ) -> Iterator[tuple[str, Tensor]]:
-        """Pass `tensors` on, and note the checksums that engines must report."""
-        self._expected = {}
+        """Pass `tensors` on, and note the checksums that engines must report.
+
+        `is_first`: an engine gets its first weights; nothing is sampled then either.
+        """
+        self._expected, self._is_first = {}, is_first or self._num_pushes == 0
         if self._mode == "version":
             yield from tensors
             return
@@ -51,7 +59,7 @@ class Verifier:
                     self._expected[engine_name] = [self._checksum(part) for part in parts]
 
     def _is_due(self, engine_name: str) -> bool:
-        if self._mode == "full" or self._num_pushes == 0:
+        if self._mode == "full" or self._is_first:
             return True
         place = (zlib.crc32(engine_name.encode()) + self._num_pushes) % SAMPLE_PUSHES
         return place == 0

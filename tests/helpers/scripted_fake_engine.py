@@ -65,6 +65,9 @@ class ScriptedFakeEngine:
         if self.fails.get("update") != "forgets":
             self.version = weight_version
 
+    async def flush_cache(self, *, deadline_s):
+        await self._enter("flush")
+
     async def weight_version(self, *, deadline_s):
         await self._enter("version")
         return self.version

@@ -88,12 +88,12 @@ def test_extra_arguments_come_last_and_win() -> None:
 def test_spec_from_a_plan() -> None:
     place = EnginePlace(1, 0, "127.0.0.1", 30000, 30001, gpus=(6, 7))
     config = Config(cluster=ClusterConfig(gpus_per_node=8))
-    spec = engine_spec(config, place, "key")
+    spec = engine_spec(config, place, "key", serves_own_weights=False)
     assert (spec.device, spec.base_gpu_id, spec.dtype) == ("cuda", 6, "bfloat16")
     assert (spec.port, spec.internal_port, spec.api_key) == (30000, 30001, "key")
-    other = engine_spec(config, replace(place, index=2), "key")
+    other = engine_spec(config, replace(place, index=2), "key", serves_own_weights=True)
     assert other.seed != spec.seed, "equal seeds would give equal samples"
-    on_cpu = engine_spec(Config(), replace(place, gpus=()), "key")
+    on_cpu = engine_spec(Config(), replace(place, gpus=()), "key", serves_own_weights=True)
     assert (on_cpu.device, on_cpu.base_gpu_id, on_cpu.dtype) == ("cpu", 0, "float32")
 
 

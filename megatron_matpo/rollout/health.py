@@ -192,7 +192,7 @@ class Health:
         self, then: State, event: Event, version: PolicyVersion | None, before: State
     ) -> Health:
         """With the new state's counters, version and incarnation."""
-        is_new = event is Event.RESTARTED or (before is State.DEAD and then is State.STALE)
+        is_new = event is Event.RESTARTED or (before is State.DEAD and then is not State.DEAD)
         held = self.version
         if is_new or then in (State.STARTING, State.DEAD, State.REFITTING):
             held = None  # parts of another version may have been loaded

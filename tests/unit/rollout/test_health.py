@@ -110,8 +110,10 @@ def test_a_dead_engine_is_never_healthy_before_it_was_stale_or_starting():
     for health, _ in REACHED:
         if health.state is State.DEAD:
             for event, version in alphabet():
-                after = health.after(event, LIMITS, version).state
-                assert after in (State.DEAD, State.STARTING, State.STALE)
+                after = health.after(event, LIMITS, version)
+                assert after.state in (State.DEAD, State.STARTING, State.STALE)
+                is_back = after.state is not State.DEAD
+                assert after.incarnation == int(is_back or event is Event.RESTARTED)
     into_healthy = {rule.state for rule in TABLE if rule.then is State.HEALTHY}
     assert into_healthy == {State.REFITTING, State.SUSPECT}
 

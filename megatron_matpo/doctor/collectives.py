@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 from torch import distributed as dist
 
+from megatron_matpo.bound_store import bound_store
 from megatron_matpo.weight_sync.group import form_group
 
 _ROUNDS = 3
@@ -105,9 +106,8 @@ def run(rank: Rank) -> None:
         torch.cuda.set_device(rank.gpu)
     device = torch.device("cuda", rank.gpu) if rank.gpu >= 0 else torch.device("cpu")
     timeout = timedelta(seconds=rank.timeout_s)
-    # torch.distributed does not re-export the class by name, though it is public.
-    store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        rank.master, rank.port, rank.world_size, rank.rank == 0, timeout
+    store = bound_store(
+        rank.master, rank.port, rank.world_size, is_master=rank.rank == 0, timeout=timeout
     )
     dist.init_process_group(
         rank.backend, store=store, rank=rank.rank, world_size=rank.world_size, timeout=timeout

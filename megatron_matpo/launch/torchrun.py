@@ -20,6 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from megatron_matpo.config.load import load_resolved
 from megatron_matpo.config.plan import Plan
+from megatron_matpo.launch import rendezvous
 from megatron_matpo.launch.run_folder import CONFIG_FILE, PLAN_FILE
 from megatron_matpo.launch.torchrun_files import exits_file
 
@@ -40,12 +41,13 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if config.cluster.device == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"
+    rendezvous.register()
     launch = LaunchConfig(
         min_nodes=plan.num_trainer_nodes,
         max_nodes=plan.num_trainer_nodes,
         nproc_per_node=plan.trainer_ranks_per_node[arguments.node],
         run_id=config.run.name,
-        rdzv_backend="static",
+        rdzv_backend=rendezvous.BACKEND,
         rdzv_endpoint=f"{plan.trainer_host}:{plan.trainer_port}",
         rdzv_configs={"rank": arguments.node, "timeout": config.run.start_timeout_s},
         max_restarts=0,

@@ -85,7 +85,7 @@ class EngineHttp:
         deadline_s: float,
         setting: str = "deadline_s",
     ) -> bytes:
-        """The body of a 200 answer."""
+        """The body of an answer that is not an error."""
         session = self._open()
         started = time.monotonic()
         try:
@@ -154,7 +154,7 @@ class EngineHttp:
         )
 
     def _check_status(self, response: aiohttp.ClientResponse, path: str, data: bytes) -> None:
-        if response.status != 200:
+        if response.status not in (200, 202):
             raise EngineRejected(f"{self.url}{path}: HTTP {response.status}: {shown(data)}")
 
     async def _parts(self, response: aiohttp.ClientResponse, path: str) -> AsyncIterator[bytes]:

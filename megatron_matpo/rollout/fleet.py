@@ -250,17 +250,19 @@ class Fleet:
         member = self._members[index]
         while True:
             member.wake.clear()
-            pause_s = self._config.probe_every_s
+            event = Event.ANSWERED
             # While the trainer has it, it is paused and cannot generate.
             if member.health.state is not State.REFITTING:
                 epoch = member.epoch
                 event, reason = await self._probe(member)
-                if event is Event.SILENT:
-                    pause_s = min(pause_s, RETRY_S)
                 if epoch == member.epoch:
                     self._apply(index, event, reason)
+            if event is Event.SILENT:
+                # However many requests fail meanwhile: it may be over in a moment.
+                await asyncio.sleep(RETRY_S)
+                continue
             with suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(self._config.probe_every_s):
                     await member.wake.wait()
 
     async def _probe(self, member: _Member) -> tuple[Event, str]:

@@ -7,6 +7,8 @@ from datetime import timedelta
 from torch import distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from megatron_matpo.bound_store import bound_store
+
 
 def form_group(
     *,
@@ -30,16 +32,14 @@ def form_group(
     On GPUs both sides must agree on NCCL_CUMEM_ENABLE.
 
     Raises:
+        OSError: this host does not have the address, or the port is taken.
         torch.distributed.DistStoreError: not everybody came inside `timeout_s`.
     """
     timeout = timedelta(seconds=timeout_s)
     # Not torch's tcp:// rendezvous: under torchrun that makes rank 0 a client of a store which
     # torchrun's agent would have to serve.
-    # torch.distributed does not re-export the class by name, though it is public.
     if store is None:
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            host, port, world_size, is_master=rank == 0, timeout=timeout
-        )
+        store = bound_store(host, port, world_size, is_master=rank == 0, timeout=timeout)
     group, _ = c10d._new_process_group_helper(
         world_size,
         rank,
@@ -60,10 +60,7 @@ def open_store(host: str, port: int, timeout_s: float) -> c10d.Store:
 
     It waits for nobody: a group is complete when all of it have found each other's keys.
     """
-    timeout = timedelta(seconds=timeout_s)
-    return dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-        host, port, None, is_master=True, timeout=timeout, wait_for_workers=False
-    )
+    return bound_store(host, port, None, is_master=True, timeout=timedelta(seconds=timeout_s))
 
 
 def leave_group(group: dist.ProcessGroup) -> None:

@@ -45,10 +45,13 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for_step(run_dir: Path, step: int, timeout_s: float) -> None:
-    """Return when `step` is in the metrics."""
+def wait_for_step(
+    run_dir: Path, step: int, timeout_s: float, process: subprocess.Popen[bytes] | None = None
+) -> None:
+    """Return when `step` is in the metrics; `process` must run until then."""
     end = time.monotonic() + timeout_s
     while not any(line["step"] >= step for line in read_metrics(run_dir)):
+        assert process is None or process.poll() is None, f"ended before step {step}"
         assert time.monotonic() < end, f"step {step} did not come within {timeout_s} s"
         time.sleep(0.1)
 

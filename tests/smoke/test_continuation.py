@@ -19,11 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_matpo.errors import EngineRejected
 from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.rollout.routing import Router
-from tests.helpers.sglang_servers import ROLLOUT_PYTHON, SglangServer, sglang_servers
+from megatron_matpo.rollout.sglang_router.process import sglang_router
+from megatron_matpo.types import VersionSpan
+from tests.helpers.sglang_servers import KEY, ROLLOUT_PYTHON, SglangServer, sglang_servers
 from tests.helpers.tiny import make_tiny_model
 
 LIMIT_S = 60.0
@@ -116,6 +119,35 @@ def assert_is_what_was_sampled(site: Site, turns: list[Generation]) -> None:
             torch.testing.assert_close(own[stretch], expected[stretch], atol=1e-4, rtol=0)
             start += part.num_tokens
         assert start == MAX_TOKENS
+
+
+def test_sglangs_router_sends_to_the_engines_it_was_told_of(site: Site, tmp_path: Path) -> None:
+    urls = [server.url for server in site.servers]
+
+    async def run() -> None:
+        log = tmp_path / "router.log"
+        async with sglang_router(str(ROLLOUT_PYTHON), "127.0.0.1", KEY, log) as router:
+            client = EngineClient(router.url, KEY)
+            with pytest.raises(EngineRejected, match="HTTP 503"):
+                await client.generate([5, 6], SamplingParams(4))
+            for chosen in (urls, urls[:1], urls[1:]):
+                await router.set_workers(chosen)
+                assert {u for u, (_, is_used) in (await router.workers()).items() if is_used} == {
+                    *chosen
+                }
+                params = SamplingParams(40, stream_every=8)
+                turns = [client.generate([5, 6, 7 + i], params) for i in range(4)]
+                for turn in await asyncio.gather(*turns):
+                    assert (len(turn.token_ids), turn.finish_reason) == (40, "length")
+                    assert turn.versions == (VersionSpan(0, 40),)
+            await client.close()
+            stranger = EngineClient(router.url, "another key")
+            with pytest.raises(EngineRejected, match="HTTP 401"):
+                await stranger.generate([5, 6], SamplingParams(4))
+            await stranger.close()
+        assert KEY not in log.read_text()
+
+    asyncio.run(run())
 
 
 def test_new_weights_in_the_middle_of_turns(site: Site) -> None:

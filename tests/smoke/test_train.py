@@ -124,3 +124,12 @@ def test_the_folder_is_whole_and_holds_no_secret(live_run):
 
 def test_nothing_is_left_running(live_run):
     assert wait_until_gone(live_run) == []
+
+
+def test_servers_listen_on_loopback_only(live_run):
+    """All of ours, torch's stores included. SGLang's own store cannot be told where to listen."""
+    found = json.loads((live_run.parent / "listening.json").read_text())
+    open_to_all = [line for line in found if not line.startswith("127.0.0.1 ")]
+    assert [line for line in open_to_all if not line.startswith(":: sglang::scheduler")] == []
+    for part in ("rollout.manager", "launch.torchrun", "launch.rank", "serve.py"):
+        assert any(part in line for line in found), f"{part} was seen"

@@ -3,7 +3,7 @@
 The walk is breadth first over (health, what really happened), to the end: counters stop at their
 limits and versions at `NEWEST`, so the set of states is finite and every sequence, however long,
 stays inside it. What really happened is kept beside the machine by rules of its own. Probes that
-come too late, and real engines, are in test_fleet.py and tests/smoke.
+come too late, and real engines, are in test_engine_fleet.py and tests/smoke.
 """
 
 from __future__ import annotations

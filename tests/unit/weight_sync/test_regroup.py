@@ -33,9 +33,10 @@ def _engine(pipe):
 
     pipe.send("imported")
     group = None
-    while (told := pipe.recv()) is not None:
+    while True:
+        number, told = pipe.recv()
         if told == "flush":
-            pipe.send("done")
+            pipe.send((number, "done"))
         elif "port" in told:
             where = f"tcp://127.0.0.1:{told['port']}"
             store, rank, size = next(c10d.rendezvous(where, told["rank"], told["size"]))
@@ -49,15 +50,17 @@ def _engine(pipe):
                 timeout=timedelta(seconds=60),
             )
             c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
-            pipe.send("done")
+            pipe.send((number, "done"))
         else:
             data = torch.empty(told["num_bytes"], dtype=torch.uint8)
             try:
                 dist.broadcast(data, src=0, group=group)
             except RuntimeError as error:
-                pipe.send(f"failed: {error}")
+                pipe.send((number, f"failed: {error}"))
             else:
-                pipe.send(data.view(torch.float32))
+                pipe.send(
+                    (number, data.numpy().tobytes())
+                )  # a tensor would need its sender to live
 
 
 class JoiningEngine:
@@ -66,7 +69,7 @@ class JoiningEngine:
     def __init__(self, name):
         self.url = f"fake://{name}"
         self.version, self.weights, self.is_paused = "unpushed", {}, False
-        self.groups = []
+        self.groups, self.num_asked = [], 0
         self.dies_at = ""
         """In the bucket that holds this tensor it is killed, or frozen."""
         self.death = signal.SIGKILL
@@ -79,12 +82,19 @@ class JoiningEngine:
 
     async def ask(self, told):
         async with self.scheduler:
-            self.pipe.send(told)
-            while not self.pipe.poll():
-                if not self.process.is_alive():
-                    raise EngineUnreachable("connection lost")
-                await asyncio.sleep(0.01)
-            answer = self.pipe.recv()
+            self.num_asked += 1
+            number, answer = 0, None
+            try:
+                self.pipe.send((self.num_asked, told))
+                while number != self.num_asked:  # else of a request that nobody waits for
+                    if self.pipe.poll():
+                        number, answer = self.pipe.recv()
+                    elif not self.process.is_alive():
+                        raise EngineUnreachable("connection lost")
+                    else:
+                        await asyncio.sleep(0.01)
+            except (OSError, EOFError) as error:
+                raise EngineUnreachable("connection lost") from error
         if isinstance(answer, str) and answer.startswith("failed"):
             raise EngineRejected(answer)
         return answer
@@ -113,9 +123,9 @@ class JoiningEngine:
         sizes = [shape[0] for shape in request["shapes"]]
         if request["load_format"] == "flattened_bucket":
             data = await self.ask({"num_bytes": 4 * sum(sizes)})
-            parts = data.split(sizes)
         else:
-            parts = [await self.ask({"num_bytes": 4 * size}) for size in sizes]
+            data = b"".join([await self.ask({"num_bytes": 4 * size}) for size in sizes])
+        parts = torch.frombuffer(bytearray(data), dtype=torch.float32).split(sizes)
         self.weights |= dict(zip(request["names"], parts, strict=True))
         self.version = request["weight_version"] or self.version
 

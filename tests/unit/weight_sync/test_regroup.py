@@ -60,7 +60,7 @@ def _engine(pipe):
             else:
                 pipe.send(
                     (number, data.numpy().tobytes())
-                )  # a tensor would need its sender to live
+                )  # a tensor needs its sender
 
 
 class JoiningEngine:

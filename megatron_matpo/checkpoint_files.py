@@ -32,6 +32,8 @@ WHOLE = "whole"
 MANIFEST = "manifest.json"
 RECORD = "record.json"
 CONFIG = "config.yaml"
+IN_FLIGHT = "in_flight.rollout"
+"""Groups that were begun and not trained (see `wire`), in runs that have any."""
 _VERSION = 1
 _STEP = re.compile(r"step_(\d+)")
 _READ_BYTES = 1 << 24

@@ -290,3 +290,6 @@ class TrainSample:
     """1 where the advantage holds, 0 where it counts as 0; None: everywhere (see `compat`)."""
     loss_weight: float = 1.0
     """Of each of its trained tokens, relative to the others of the update (`algo.aggregation`)."""
+    is_current: list[int] | None = None
+    """1 where the weights that the step trains from sampled the token, 0 where older ones did;
+    None: no sampled token is older."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class TokenCounts:
 
     planner: int
     worker: int
+    current: int | None = None
+    """Of both roles, those that the trained weights sampled; None: all."""
 
     @property
     def total(self) -> int:
@@ -35,9 +38,17 @@ class TokenCounts:
     def of(samples: Sequence[TrainSample]) -> TokenCounts:
         """Count the trained tokens of `samples`."""
         counts = dict.fromkeys(Role, 0)
+        current, is_mixed = 0, False
         for sample in samples:
-            counts[sample.role] += sum(sample.loss_mask)
-        return TokenCounts(counts[Role.PLANNER], counts[Role.WORKER])
+            num_trained = sum(sample.loss_mask)
+            counts[sample.role] += num_trained
+            if sample.is_current is None:
+                current += num_trained
+            else:
+                current += sum(map(mul, sample.loss_mask, sample.is_current))
+                is_mixed = True
+        planner, worker = counts[Role.PLANNER], counts[Role.WORKER]
+        return TokenCounts(planner, worker, current if is_mixed else None)
 
 
 @dataclass(frozen=True)
@@ -80,9 +91,16 @@ class TokenMeans:
 
 
 def mismatch_metrics(
-    logprobs: Tensor, rollout_logprobs: Tensor, means: TokenMeans
+    logprobs: Tensor,
+    rollout_logprobs: Tensor,
+    means: TokenMeans,
+    is_current: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """How far the trainer's log-probs are from the engine's, for the same weights.
+
+    With tokens of older weights in the step (`means.counts.current`) they differ by what was learnt
+    since, too; `mismatch/current` is the first of these metrics over the others alone
+    (`is_current`, [t]; None: none of the micro-batch is older).
 
     `mismatch/abs_logprob` is the token mean of |trainer - engine|; `mismatch/k3` the token mean of
     exp(d) - 1 - d with d = trainer - engine, an estimate of KL(engine || trainer) (k3 estimator,
@@ -91,11 +109,16 @@ def mismatch_metrics(
     """
     with torch.no_grad():
         difference = (logprobs - rollout_logprobs) * means.mask
+        current: dict[str, Tensor] = {}
+        if means.counts.current is not None:
+            same = difference.abs() if is_current is None else difference.abs() * is_current
+            current["mismatch/current"] = same.sum() / max(1, means.counts.current)
         k3 = (torch.expm1(difference) - difference) * means.mask
         return {
             "mismatch/abs_logprob": means.total(difference.abs()),
             "mismatch/k3": means.total(k3),
             "mismatch/max": difference.abs().max(),
+            **current,
             **means.by_role("mismatch/abs_logprob", difference.abs()),
             **means.by_role("mismatch/k3", k3),
             **means.max_by_role("mismatch/abs_logprob", difference.abs()),

@@ -40,7 +40,17 @@ class RolloutConfig:
     tensor: int = 1
     """GPUs per engine."""
     max_staleness: int = 0
-    """Age bound of sampled tokens in policy versions; 0 is synchronous."""
+    """Age bound of trained tokens in policy versions; 0 is synchronous. With 1 or more the engines
+    go on sampling while the trainer trains."""
+    on_update: str = "retract"
+    """What a weight push does to running generations, with `max_staleness`: `retract` (their cache
+    is computed anew under the new weights) or `in_place` (they keep the cache of the old ones)."""
+    on_stale: str = "wait"
+    """For a group that would be too old for the next step: `wait` for it, `refresh` (its question
+    is asked anew) or `drop`. The last two train on what ends soon, so on short episodes."""
+    over_sample: float = 0.0
+    """Begin this share of `data.prompts_per_step` more than a step takes, and take what is complete
+    first. The rest is carried over, or without `max_staleness` ended and asked anew."""
     python: str = ".venv-rollout/bin/python"
     """Python of the rollout environment (SGLang's)."""
     temperature: float = 1.0

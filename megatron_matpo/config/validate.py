@@ -19,6 +19,7 @@ from megatron_matpo.config.reward import GRADERS
 from megatron_matpo.config.root import Config
 from megatron_matpo.config.validate_agents import check_agent, check_agent_limits, check_planner
 from megatron_matpo.config.validate_algo import check_algo, warn_algo
+from megatron_matpo.config.validate_async import check_async
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
 from megatron_matpo.config.validate_fleet import FLEET_AT_LEAST, FLEET_POSITIVE
@@ -37,6 +38,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.recompute": ("none", "selective", "full"),
     "rollout.prompts": ("rendered", "dataset"),
     "rollout.call_format": ("mcp_xml", "tool_call"),
+    "rollout.on_update": ("retract", "in_place"),
+    "rollout.on_stale": ("wait", "refresh", "drop"),
     "reward.grader": GRADERS,
     "reward.judge.max_tokens_field": ("max_tokens", "max_completion_tokens"),
     "weight_sync.transport": ("broadcast", "disk", "none"),
@@ -142,6 +145,7 @@ _BETWEEN: dict[str, tuple[float | None, float]] = {
     "rollout.top_p": (None, 1.0),
     "rollout.mem_fraction": (None, 1.0),
     "rollout.max_failed_frac": (0.0, 1.0),
+    "rollout.over_sample": (0.0, 4.0),
     "eval.confidence": (0.5, 0.999),
     # torch's AdamW refuses exactly 1.
     "optim.beta1": (0.0, 0.999999),
@@ -287,11 +291,7 @@ def _check_gpu(config: Config) -> Iterator[str]:
 def check_supported(config: Config, command: Command) -> Iterator[str]:
     """What `matpo plan` can reckon with but no run can do."""
     if command == "train" and config.rollout.max_staleness > 0:
-        yield (
-            f"rollout.max_staleness={config.rollout.max_staleness}: only 0 (synchronous: every "
-            "step's tokens come from the newest weights) is supported by a run; planning and dry "
-            "runs accept it"
-        )
+        yield from check_async(config)
     if config.cluster.placement == "colocated":
         yield (
             "cluster.placement=colocated: trainer and engines cannot share GPUs yet (`matpo plan` "

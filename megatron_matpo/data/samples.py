@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import takewhile
 
-from megatron_matpo.types import Role, RolloutBatch, TrainSample, Trajectory, TurnKind
+from megatron_matpo.types import (
+    PolicyVersion,
+    Role,
+    RolloutBatch,
+    TrainSample,
+    Trajectory,
+    TurnKind,
+)
 
 
-def to_sample(trajectory: Trajectory, episode_id: str, advantage: float) -> TrainSample:
-    """One trajectory as next-token prediction: T tokens become T - 1 positions."""
+def to_sample(
+    trajectory: Trajectory, episode_id: str, advantage: float, version: PolicyVersion
+) -> TrainSample:
+    """One trajectory as next-token prediction: T tokens become T - 1 positions.
+
+    `version` is the one that the step trains from.
+    """
     tokens = trajectory.token_ids
     return TrainSample(
         trajectory_id=trajectory.id,
@@ -21,7 +33,23 @@ def to_sample(trajectory: Trajectory, episode_id: str, advantage: float) -> Trai
         loss_mask=trajectory.loss_mask[1:],
         rollout_logprobs=trajectory.logprobs[1:],
         advantage=advantage,
+        is_current=_current_tokens(trajectory, version),
     )
+
+
+def _current_tokens(trajectory: Trajectory, version: PolicyVersion) -> list[int] | None:
+    """[T - 1] 1 where `version` sampled the token; None if it sampled all that were sampled."""
+    spans = [span for turn in trajectory.turns for span in turn.versions]
+    if all(span.version == version for span in spans):
+        return None
+    flags: list[int] = []
+    for turn in trajectory.turns:
+        if turn.kind is TurnKind.MODEL:
+            for span in turn.versions:
+                flags += [int(span.version == version)] * span.num_tokens
+        else:
+            flags += [0] * len(turn.token_ids)
+    return flags[1:]
 
 
 def to_samples(batch: RolloutBatch, advantages: Mapping[str, float]) -> list[TrainSample]:
@@ -31,7 +59,7 @@ def to_samples(batch: RolloutBatch, advantages: Mapping[str, float]) -> list[Tra
     are left out. A trajectory appears exactly once.
     """
     return [
-        to_sample(trajectory, episode.id, advantages[episode.id])
+        to_sample(trajectory, episode.id, advantages[episode.id], batch.policy_version)
         for group in batch.groups
         for episode in group.episodes
         if episode.id in advantages
@@ -57,7 +85,7 @@ def to_reference_samples(batch: RolloutBatch, advantages: Mapping[str, float]) -
         for trajectory in episode.trajectories:
             if trajectory.num_sampled_tokens == 0:
                 continue
-            sample = to_sample(trajectory, episode.id, advantages[episode.id])
+            sample = to_sample(trajectory, episode.id, advantages[episode.id], batch.policy_version)
             if trajectory.role is Role.PLANNER:
                 planners.append(sample)
             else:

@@ -7,7 +7,7 @@ bring their own micro-batches, equally many; ranks of one replica bring the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -200,9 +200,20 @@ class MegatronActor:
         """Full tensors by Hugging Face name on rank 0; see `hf_io.iter_hf_tensors`."""
         return hf_io.iter_hf_tensors(self._models, self._hf, self._state, dtype)
 
-    def save(self, folder: str | Path, step: int, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        step: int,
+        extra: dict[str, Any],
+        further: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Begin to write checkpoint `step` under `folder`; see `Checkpoints.save`."""
-        self._checkpoints.save(folder, step, extra)
+        self._checkpoints.save(folder, step, extra, further)
+
+    @property
+    def restored(self) -> Path | None:
+        """The checkpoint that `restore` took over."""
+        return self._checkpoints.restored
 
     def poll_save(self) -> None:
         """Complete a checkpoint whose files are written by now; see `CheckpointWriter.poll`."""

@@ -46,6 +46,8 @@ class MicroBatch:
     """Tokens of each sample, in order; the sum is t."""
     reference_logprobs: Tensor | None = None
     """[t] float32; of the initial policy, if the loss has a KL penalty."""
+    is_current: Tensor | None = None
+    """[t] float32; 0 where older weights than the trained ones sampled the token. None: nowhere."""
     sample_ids: tuple[str, ...] = ()
     """One per sample; empty for padding micro-batches."""
     sample_index: Tensor | None = None

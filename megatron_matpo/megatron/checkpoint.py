@@ -12,7 +12,7 @@ import json
 import logging
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +59,16 @@ class Checkpoints:
         self._state = state
         self._control = ControlGroup(config.checkpoint.timeout_s, "checkpoint.timeout_s")
         self._writer = CheckpointWriter(config.checkpoint, self._control)
+        self.restored: Path | None = None
+        """The checkpoint that `restore` took over."""
 
-    def save(self, folder: str | Path, step: int, extra: dict[str, Any]) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        step: int,
+        extra: dict[str, Any],
+        further: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Copy the state to host memory and begin to write checkpoint `step`.
 
         With `checkpoint.asynchronous` the files are written while the training goes on, and `poll`
@@ -70,6 +78,7 @@ class Checkpoints:
             folder: shared by all ranks; made if missing.
             step: names the checkpoint; an older one of the same step is replaced.
             extra: anything that JSON can hold (data position, counters); rank 0's is kept.
+            further: further files of the checkpoint, by name; rank 0's are kept.
 
         Raises:
             CheckpointError: on every rank, if this or the previous checkpoint cannot be written,
@@ -82,7 +91,11 @@ class Checkpoints:
             step,
             self._sharded_state(is_loading=False),
             self._live_storages(),
-            {files.RECORD: json.dumps(record), files.CONFIG: dump_config(self._config)},
+            {
+                files.RECORD: json.dumps(record).encode(),
+                files.CONFIG: dump_config(self._config).encode(),
+                **(further or {}),
+            },
         )
 
     def poll(self) -> None:
@@ -129,6 +142,7 @@ class Checkpoints:
             chunk.load_state_dict(loaded["model"][str(i)])
         if same_layout:
             _set_rng_state(loaded["rng"])
+        self.restored = path
         return saved["extra"]
 
     def _choose(self, root: Path) -> Path | None:

@@ -146,9 +146,9 @@ class _Pending:
     """A save between `begin` and `finish`."""
 
     def __init__(
-        self, root: Path, step: int, texts: Mapping[str, str], common: dict[str, Any]
+        self, root: Path, step: int, contents: Mapping[str, bytes], common: dict[str, Any]
     ) -> None:
-        self.root, self.step, self.texts, self.common = root, step, texts, common
+        self.root, self.step, self.contents, self.common = root, step, contents, common
         self.temporary = files.temporary_folder(root, step)
         self.metadata: Metadata | None = None
         """On rank 0."""
@@ -181,7 +181,7 @@ class CheckpointWriter:
         step: int,
         sharded_state: dict[str, Any],
         live: set[int],
-        texts: Mapping[str, str],
+        contents: Mapping[str, bytes],
     ) -> None:
         """Begin checkpoint `step`.
 
@@ -192,7 +192,7 @@ class CheckpointWriter:
             step: names the checkpoint; an older one of the same step is replaced.
             sharded_state: this rank's part of everything, in Megatron's terms.
             live: storages (`data_ptr`) on the host that the training goes on to change.
-            texts: further files, by name; rank 0's are kept.
+            contents: further files, by name; rank 0's are kept.
 
         Raises:
             CheckpointError: on every rank, if this or the previous checkpoint cannot be written,
@@ -200,7 +200,7 @@ class CheckpointWriter:
             DeadlineError: a wait took longer than `checkpoint.timeout_s`.
         """
         self.wait()
-        pending = _Pending(root, step, texts, {})
+        pending = _Pending(root, step, contents, {})
         prepare = f"cannot prepare {pending.temporary}"
         try:
             self._control.on_first(lambda: files.prepare(pending.temporary), prepare)
@@ -255,7 +255,8 @@ class CheckpointWriter:
         plan = writer.prepare_local_plan(planner.create_local_plan())
         plans = self._control.gather(plan)
         self._control.on_first(
-            lambda: _check_space(pending.root, plans), f"cannot write {pending.temporary}"
+            lambda: _check_space(pending.root, plans, sum(map(len, pending.contents.values()))),
+            f"cannot write {pending.temporary}",
         )
         if is_first:
             _, pending.metadata = planner.create_global_plan(plans)
@@ -323,13 +324,13 @@ class CheckpointWriter:
             raise error
 
 
-def _check_space(root: Path, plans: list[SavePlan]) -> None:
+def _check_space(root: Path, plans: list[SavePlan], further: int) -> None:
     """Refuse a save that cannot fit. A quota is not seen here; it shows while writing.
 
     Raises:
-        CheckpointError: the file system has less room than the plans need.
+        CheckpointError: the file system has less room than plans and `further` bytes need.
     """
-    needed = sum(_num_bytes(item) for plan in plans for item in plan.items)
+    needed = further + sum(_num_bytes(item) for plan in plans for item in plan.items)
     needed += int(needed * _SPARE_FRAC) + _SPARE_BYTES
     free = shutil.disk_usage(root).free
     if free < needed:
@@ -357,7 +358,7 @@ def _complete(pending: _Pending, written: list[Any]) -> None:
     )
     TorchCommonSaveStrategy("torch", 1).save_common(pending.common, folder)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-    for name, text in pending.texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in pending.contents.items():
+        (folder / name).write_bytes(content)
     known = {name: entry for _, entries in written for name, entry in entries.items()}
     files.commit(pending.root, pending.step, known)

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from megatron_matpo.obs.async_metrics import ASYNC_METRICS
+
 
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
@@ -95,6 +97,7 @@ METRICS: tuple[MetricSpec, ...] = (
         "The same for planners and for workers; absent without trained tokens of the role.",
     ),
     MetricSpec("mismatch/k3/*", "nat", _TOKENS_OF_ROLE, "The same for planners and for workers."),
+    *(MetricSpec(*row) for row in ASYNC_METRICS),
     MetricSpec("mismatch/*", "", _TOKENS, "Other measures of the engine-trainer difference."),
     _required("loss/policy", "", "mean over the step's updates", "Policy loss that was minimised."),
     MetricSpec(

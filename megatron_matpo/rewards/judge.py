@@ -62,6 +62,11 @@ class JudgeCounts:
     latency_s: float = 0.0
     """Sum over answered requests."""
 
+    def restart(self) -> None:
+        """Set all to 0."""
+        self.num_requests = self.num_answered = self.num_failures = self.num_cache_hits = 0
+        self.latency_s = 0.0
+
     def metrics(self) -> dict[str, float]:
         """`judge/*`."""
         mean = self.latency_s / self.num_answered if self.num_answered else 0.0

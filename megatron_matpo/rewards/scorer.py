@@ -72,6 +72,10 @@ class Scorer:
             format_part = episode_format(trajectories, self._config.worker_format_share)
         return Score(answer, combine(accuracy, format_part, self._config, verdict))
 
+    def restart(self) -> None:
+        """Begin to count anew; a request in progress counts its answer from now on."""
+        self.counts.restart()
+
     def metrics(self) -> dict[str, float]:
         """`judge/*` of the step; empty with an offline grader."""
         return self.counts.metrics() if self._judge is not None else {}

@@ -94,14 +94,40 @@ class ManagerClient:
         if asks is not None:
             asked["rows"] = [(ask.row, ask.num_samples) for ask in asks]
         what = f"step {step}" if split == TRAIN_SPLIT else f"evaluation of {split} ({step})"
+        return self._ask(what, "episodes", "/collect", json.dumps(asked).encode(), limit_s)
+
+    def in_flight(self, step: int) -> bytes:
+        """What a checkpoint after `step` has to hold (`RolloutManager.in_flight`); empty: nothing.
+
+        Raises:
+            RolloutError, DeadlineError: as `collect`.
+        """
+        return self._ask("groups in flight", "answer", f"/in_flight?step={step}", None)
+
+    def restore(self, data: bytes) -> None:
+        """Give back what `in_flight` gave, before the first `collect`.
+
+        Raises:
+            RolloutError, DeadlineError: as `collect`.
+        """
+        self._ask("groups in flight", "answer", "/in_flight", data)
+
+    def _ask(
+        self,
+        what: str,
+        awaited: str,
+        path: str,
+        body: bytes | None,
+        limit_s: float | None = None,
+    ) -> bytes:
         limit = self._step_timeout_s
         try:
-            status, data = self._open("/collect", json.dumps(asked).encode(), limit_s or limit)
+            status, data = self._open(path, body, limit_s or limit)
         except urllib.error.HTTPError as error:
             raise RolloutError(f"{what}: {_reason(error)}") from error
         except TimeoutError as error:
             raise DeadlineError(
-                f"{what}: no episodes after {limit:g} s (rollout.step_timeout_s)"
+                f"{what}: no {awaited} after {limit:g} s (rollout.step_timeout_s)"
             ) from error
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError) as error:
             raise RolloutError(

@@ -1,4 +1,8 @@
-"""`RolloutManager`: a step number and a policy version in, the step's episodes out."""
+"""`RolloutManager`: a step number and a policy version in, the step's episodes out.
+
+A synchronous step holds no state beyond itself: where it goes on in the data is asked. Groups that
+outlive a step are those of `open_groups.py`.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +31,19 @@ from megatron_matpo.obs.spans import recording
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rewards.scorer import Scorer
 from megatron_matpo.rollout.jobs import eval_jobs, train_jobs
+from megatron_matpo.rollout.lasting import LastingRollout, MovingPolicy
 from megatron_matpo.rollout.metrics import MeteredToolBox, refill_metrics, rollout_metrics
+from megatron_matpo.rollout.open_groups import OpenGroups
 from megatron_matpo.rollout.refill import Collected, collect_groups
-from megatron_matpo.rollout.scheduler import Scheduler
+from megatron_matpo.rollout.scheduler import RunEpisode, Scheduler
+from megatron_matpo.rollout.step_trace import StepTrace
 from megatron_matpo.types import Group, PolicyVersion, RolloutBatch, RowAsk
 
 _log = logging.getLogger(__name__)
 
 
 class RolloutManager:
-    """Collects steps. Holds no state between them: where a step goes on in the data is asked."""
+    """Collects steps."""
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class RolloutManager:
         chat: Chat,
         questions: Mapping[str, Sequence[Question]],
         judge: Judge | None = None,
+        moving: MovingPolicy | None = None,
     ) -> None:
         """Check that the parts fit together.
 
@@ -56,13 +64,15 @@ class RolloutManager:
             chat: the policy's chat rendering.
             questions: rows by split: `train`, and the names of the evaluation sets.
             judge: an entered judge, if `reward.grader` is `judge`.
+            moving: the policy as it changes, for the episodes that outlive a step
+                (`routing.Router`); needed with `rollout.max_staleness`.
 
         Raises:
             ConfigError: an allow-list or the grader names something that does not exist, or the
                 rows' system prompts, which the planner is to have, offer what it may not call.
         """
         self._config = config
-        self._sampler_for = sampler_for
+        self._sampler_for, self._moving = sampler_for, moving
         self._tools = tools
         self._chat = chat
         self._questions = questions
@@ -77,6 +87,8 @@ class RolloutManager:
             timeout_s=config.rollout.episode_timeout_s,
             report_max_chars=config.tools.result_max_chars,
         )
+        outlive = config.rollout.max_staleness > 0 or config.rollout.over_sample > 0
+        self._lasting = self._make_lasting() if outlive and TRAIN_SPLIT in questions else None
 
     def _report_prompts(self, split: str, rows: Sequence[Question]) -> None:
         """Log once how the rows' system prompts differ from what the planner may call."""
@@ -105,6 +117,10 @@ class RolloutManager:
             RolloutError: too many episodes failed for reasons outside the model.
             ConfigError: no such split or row, or the split has no rows.
         """
+        if split == TRAIN_SPLIT and self._lasting is not None:
+            batch = await self._lasting.collect(step, version, position)
+            await self._keep(batch)
+            return batch
         start = time.monotonic()
         tools = MeteredToolBox(self._tools)
         driver = Driver(self._roster, self._chat, tools, self._limits)
@@ -117,31 +133,78 @@ class RolloutManager:
         if asks is not None:
             limits = replace(limits, max_failed_frac=1.0)
         scorer = Scorer(self._config, self._judge)
-        scheduler = Scheduler(run_episode, scorer, limits)
+        scheduler = Scheduler(scorer, limits)
         with self._tracing(step, split, is_part=asks is not None):
             if split == TRAIN_SPLIT:
-                collected = await self._collect_train(scheduler, step, position)
+                collected = await self._collect_train(scheduler, run_episode, step, position)
             else:
                 jobs = eval_jobs(self._config, self._rows(split), step, split, asks)
-                collected = Collected(await scheduler.run(jobs))
+                collected = Collected(await scheduler.run(jobs, run_episode))
         metrics = rollout_metrics(collected.groups, time.monotonic() - start)
         metrics |= tools.metrics() | scorer.metrics()
         if self._config.rollout.dynamic_sampling and split == TRAIN_SPLIT:
             metrics |= refill_metrics(collected)
         next_position = position + collected.num_questions
         batch = RolloutBatch(step, version, tuple(collected.groups), metrics, next_position)
+        await self._keep(batch, split)
+        return batch
+
+    def in_flight(self, trained_step: int) -> RolloutBatch | None:
+        """See `OpenGroups.in_flight`; None in a synchronous run, which has nothing in flight."""
+        return self._lasting.groups.in_flight(trained_step) if self._lasting is not None else None
+
+    def restore(self, saved: RolloutBatch) -> None:
+        """Take over what a checkpoint had in flight, before the first `collect`.
+
+        A synchronous run takes it over too, and its steps are then those of a bound of 0.
+
+        Raises:
+            DataError: the training set is not the one of the checkpoint any more.
+        """
+        if self._lasting is None:
+            self._lasting = self._make_lasting()
+        self._lasting.groups.restore(saved)
+        _log.info(
+            "%d groups were in flight, with %d episodes that had ended",
+            len(saved.groups),
+            sum(len(group.episodes) for group in saved.groups),
+        )
+
+    async def close(self) -> None:
+        """Cancel the episodes that outlived the last step."""
+        if self._lasting is not None:
+            await self._lasting.close()
+
+    def _make_lasting(self) -> LastingRollout:
+        config = self._config
+        moving = self._moving if config.rollout.max_staleness > 0 else None
+        tools, scorer = MeteredToolBox(self._tools), Scorer(config, self._judge)
+        driver = Driver(self._roster, self._chat, tools, self._limits)
+
+        async def play(sampler: Sampler, episode_id: str, question: Question) -> EpisodeTree:
+            return await driver.run(sampler, episode_id, question.system, question.user)
+
+        def policy(version: PolicyVersion) -> Sampler:
+            return self._sampler_for(version) if moving is None else moving.follower()
+
+        trace = StepTrace(Path(config.run_dir), self._attempt, config.obs.trace_every)
+        sink = trace if config.obs.trace_every else None
+        groups = OpenGroups(config, self._rows(TRAIN_SPLIT), play, policy, scorer, sink)
+        return LastingRollout(config, groups, tools, scorer, trace, moving)
+
+    async def _keep(self, batch: RolloutBatch, split: str = TRAIN_SPLIT) -> None:
+        """Record a training step, and log what any step was."""
         if split == TRAIN_SPLIT and self._config.obs.record_rollouts:
             await asyncio.to_thread(self._record, batch)
         _log.info(
             "step %d (%s): %d episodes in %.1f s, %d left out, %d tokens sampled",
-            step,
+            batch.step,
             split,
-            metrics["rollout/episodes"],
-            metrics["time/collect_s"],
-            metrics["rollout/failed"],
-            metrics["tokens/sampled"],
+            batch.metrics["rollout/episodes"],
+            batch.metrics["time/collect_s"],
+            batch.metrics["rollout/failed"],
+            batch.metrics["tokens/sampled"],
         )
-        return batch
 
     @contextmanager
     def _tracing(self, step: int, split: str, *, is_part: bool) -> Iterator[None]:
@@ -157,11 +220,14 @@ class RolloutManager:
         finally:
             file.end()
 
-    async def _collect_train(self, scheduler: Scheduler, step: int, position: int) -> Collected:
+    async def _collect_train(
+        self, scheduler: Scheduler, run_episode: RunEpisode, step: int, position: int
+    ) -> Collected:
         config, rows = self._config, self._rows(TRAIN_SPLIT)
 
         async def run_round(first: int, count: int) -> list[Group]:
-            return await scheduler.run(train_jobs(config, rows, step, position, first, count))
+            jobs = train_jobs(config, rows, step, first, position + first, count)
+            return await scheduler.run(jobs, run_episode)
 
         max_rounds = config.rollout.dynamic_sampling_max_rounds
         return await collect_groups(

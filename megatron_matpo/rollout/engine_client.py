@@ -138,21 +138,31 @@ class EngineClient(EngineHttp):
     async def pause(self, *, mode: PauseMode = "abort", deadline_s: float) -> None:
         """Stop sampling; new requests wait until `resume`, control requests are still served.
 
-        `abort` ends running requests with what they have; they are told so before and given a
-        moment, because SGLang itself would look again only after a second (measured: 1.00 s against
-        0.06 s). `retract` puts them back into the queue and forgets their KV cache; `in_place`
-        freezes them with it. If requests were running, only `abort` allows the cache to be flushed:
-        SGLang 0.5.20 ends its scheduler with an assertion when an update that flushes meets a
-        request that waits.
+        `abort` ends running requests with what they have. SGLang's own mode of that name sleeps for
+        a second if anything runs when it looks, and in a busy engine something always does. So they
+        are told to end first and given a moment; what came in that moment is put back into the
+        queue, which loses the few tokens that it has, and ended there. `retract` puts running
+        requests back into the queue and forgets their KV cache; `in_place` freezes them with it. If
+        requests were running, only `abort` allows the cache to be flushed: SGLang 0.5.20 ends its
+        scheduler with an assertion when an update that flushes meets a request that waits.
 
         Raises:
             EngineError: as `generate`.
         """
         if mode == "abort":
-            body = orjson.dumps({"rid": "", "abort_all": True})
-            await self._ask("POST", "/abort_request", body, deadline_s)
+            await self._abort_all(deadline_s)
             await asyncio.sleep(_ABORTED_S)
-        await self._ask("POST", "/pause_generation", orjson.dumps({"mode": mode}), deadline_s)
+        sent = "retract" if mode == "abort" else mode
+        await self._ask("POST", "/pause_generation", orjson.dumps({"mode": sent}), deadline_s)
+        if mode == "abort":
+            # SGLang 0.5.20 breaks an answer off if its last part meets one that is still to be sent
+            # (KeyError in _coalesce_streaming_chunks), so what was sampled gets out first.
+            await asyncio.sleep(_ABORTED_S)
+            await self._abort_all(deadline_s)
+
+    async def _abort_all(self, deadline_s: float) -> None:
+        body = orjson.dumps({"rid": "", "abort_all": True})
+        await self._ask("POST", "/abort_request", body, deadline_s)
 
     async def resume(self, *, deadline_s: float) -> None:
         """Sample again after `pause`.
@@ -240,9 +250,9 @@ class EngineClient(EngineHttp):
         await self._command("/update_weights_from_distributed", body, deadline_s)
 
     async def update_weights_from_disk(
-        self, *, folder: str, weight_version: str, deadline_s: float
+        self, *, folder: str, weight_version: str, flush_cache: bool, deadline_s: float
     ) -> None:
-        """Make the engine load the safetensors files of `folder`, and forget cached prefixes.
+        """Make the engine load the safetensors files of `folder`, and perhaps forget its cache.
 
         The folder's path is the engine's, so it must lie on a file system that both see.
 
@@ -253,7 +263,7 @@ class EngineClient(EngineHttp):
             "model_path": folder,
             "load_format": "safetensors",
             "weight_version": weight_version,
-            "flush_cache": True,
+            "flush_cache": flush_cache,
         }
         await self._command("/update_weights_from_disk", body, deadline_s)
 

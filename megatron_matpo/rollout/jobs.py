@@ -16,32 +16,32 @@ def train_jobs(
     config: Config,
     questions: Sequence[Question],
     step: int,
+    place: int,
     position: int,
-    first: int,
     count: int,
 ) -> list[GroupJob]:
-    """Questions `first` to `first + count - 1` (from 0) of a training step, in their order.
+    """The `count` questions that follow the first `position` ones of the run, in their order.
 
     Args:
         config: a validated configuration; says how many episodes a question gets.
         questions: rows of the training set.
         step: training step; part of the ids.
-        position: questions that the run asked before this step.
-        first: questions that this step asked before (`rollout.dynamic_sampling`).
-        count: how many follow.
+        place: groups that began in this step before; part of the ids.
+        position: questions that the run asked before.
+        count: how many are asked now.
 
     Raises:
         ConfigError: there are no rows.
     """
     if not questions:
         raise ConfigError(f"data.{TRAIN_SPLIT}: there are no rows to collect")
-    rows = prompts_from(len(questions), count, config.run.seed, position + first)
+    rows = prompts_from(len(questions), count, config.run.seed, position)
     # The place is part of the uid: where two epochs meet, a step can hold a row twice.
     return [
         GroupJob(
-            f"{TRAIN_SPLIT}-{step}-{place}", row, questions[row], config.data.samples_per_prompt
+            f"{TRAIN_SPLIT}-{step}-{number}", row, questions[row], config.data.samples_per_prompt
         )
-        for place, row in enumerate(rows, first)
+        for number, row in enumerate(rows, place)
     ]
 
 

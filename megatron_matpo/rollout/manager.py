@@ -74,7 +74,8 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
         engines = _connect(config, plan, engine_key, stack)
         fleet = _fleet_of(engines, config, run_dir)
         router = _router_of(engines, fleet, config, chat)
-        manager = RolloutManager(config, router.sampler, tools, chat, questions, judge)
+        manager = RolloutManager(config, router.sampler, tools, chat, questions, judge, router)
+        stack.push_async_callback(manager.close)
         stack.push_async_callback(server.close)  # requests end before what they use
         num_questions = sum(map(len, questions.values()))
         detail = f"{num_questions} questions, {len(engines)} engines"

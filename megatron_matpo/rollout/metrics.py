@@ -29,14 +29,18 @@ class MeteredToolBox:
     def __init__(self, inner: ToolBox) -> None:
         """Wrap `inner`, which other steps may use at the same time."""
         self._inner = inner
-        self.num_calls = 0
+        self._counting = inner if isinstance(inner, Counting) else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to count anew; a call in progress counts its answer from now on."""
+        self.num_calls = self.num_answered = 0
         self.num_errors = 0
         """Replies that the tool marked as errors; the model read them."""
         self.num_failures = 0
         """Calls that the infrastructure failed."""
         self.latency_s = 0.0
         """Sum over answered calls."""
-        self._counting = inner if isinstance(inner, Counting) else None
         self._before = self._counting.counters() if self._counting else {}
 
     def specs(self) -> list[ToolSpec]:
@@ -53,19 +57,20 @@ class MeteredToolBox:
             self.num_failures += 1
             raise
         self.latency_s += time.monotonic() - start
+        self.num_answered += 1
         self.num_errors += reply.is_error
         return reply
 
     def metrics(self) -> dict[str, float]:
         """`tools/*` of the step; steps that overlap share the numbers of what `inner` counts."""
-        num_answered = self.num_calls - self.num_failures
+        mean_s = self.latency_s / self.num_answered if self.num_answered else 0.0
         after = self._counting.counters() if self._counting else {}
         inside = {name: value - self._before[name] for name, value in after.items()}
         return inside | {
             "tools/calls": self.num_calls,
             "tools/errors": self.num_errors,
             "tools/failures": self.num_failures,
-            "tools/latency_s_mean": self.latency_s / num_answered if num_answered > 0 else 0.0,
+            "tools/latency_s_mean": mean_s,
         }
 
 
@@ -109,16 +114,18 @@ def rollout_metrics(groups: Sequence[Group], duration_s: float) -> dict[str, flo
 
 def refill_metrics(collected: Collected) -> dict[str, float]:
     """What dynamic sampling did in a step; the discarded groups are in no other metric."""
-    trajectories = [
-        item
-        for group in collected.discarded
-        for episode in group.episodes
-        for item in episode.trajectories
-    ]
-    return {
+    return discard_metrics(collected.discarded) | {
         "rollout/rounds": float(collected.num_rounds),
         "time/refill_s": collected.refill_s,
-        "rollout/discarded_groups": float(len(collected.discarded)),
+    }
+
+
+def discard_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Of uninformative groups that others replaced."""
+    episodes = [episode for group in groups for episode in group.episodes]
+    trajectories = [item for episode in episodes for item in episode.trajectories]
+    return {
+        "rollout/discarded_groups": float(len(groups)),
         "tokens/discarded": float(sum(item.num_sampled_tokens for item in trajectories)),
     }
 

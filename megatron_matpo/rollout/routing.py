@@ -87,14 +87,18 @@ class Router(Generic[Params]):
         self._states = [_State(engine) for engine in engines]
         self._params_for = params_for
         self.stop_token_ids = stop_token_ids
-        self._asked: PolicyVersion = 0
+        self._expected: PolicyVersion = 0
         self.num_continued = 0
         """Turns that were sampled in more than one piece."""
 
     def sampler(self, version: PolicyVersion) -> StepSampler[Params]:
         """The policy at `version` and no other, for the episodes of one step."""
-        self._asked = max(self._asked, version)
+        self.expect(version)
         return StepSampler(self, version)
+
+    def expect(self, version: PolicyVersion) -> None:
+        """From now on an engine may serve up to `version`."""
+        self._expected = max(self._expected, version)
 
     def follower(self) -> StepSampler[Params]:
         """The policy as it is when it samples, for the episodes of one group.
@@ -106,7 +110,7 @@ class Router(Generic[Params]):
     @property
     def newest(self) -> PolicyVersion:
         """The newest version that any engine may serve (see `follower`)."""
-        return max(self._asked, self._fleet.present)
+        return max(self._expected, self._fleet.present)
 
     async def engine_for(
         self, wanted: int | None, failed: Starts, last: EngineError | None

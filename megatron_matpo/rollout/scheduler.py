@@ -14,8 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_matpo.agents.driver import EpisodeTree
@@ -24,6 +23,7 @@ from megatron_matpo.data.dataset import Question
 from megatron_matpo.errors import JudgeError, JudgeRefusedError, RolloutError
 from megatron_matpo.obs.spans import note, place, span
 from megatron_matpo.rewards.scorer import Score, Scorer
+from megatron_matpo.rollout.failures import FailureBound
 from megatron_matpo.types import (
     INFRASTRUCTURE_FAILURES,
     Episode,
@@ -40,34 +40,45 @@ RunEpisode = Callable[[str, Question], Awaitable[EpisodeTree]]
 
 RETRY_PAUSE_S = 1.0
 """Before a fresh attempt: lets a restarting server come back; times 2 for each further one."""
-_MAX_REASONS = 5
-_MAX_REASON_CHARS = 300
 
 
 @dataclass(frozen=True, slots=True)
 class GroupJob:
-    """One question of a step and how often it is asked."""
+    """One question and how often it is asked."""
 
     uid: str
     row_index: int
     question: Question
     num_samples: int
 
+    def group(self, episodes: Sequence[Episode]) -> Group:
+        """The group with these episodes."""
+        return Group(
+            uid=self.uid,
+            data_source=self.question.data_source,
+            question=self.question.question,
+            ground_truth=self.question.ground_truth,
+            row_index=self.row_index,
+            episodes=tuple(episodes),
+            question_key=self.question.key,
+            level=self.question.level,
+            question_type=self.question.question_type,
+        )
+
 
 class Scheduler:
-    """Runs the jobs of one step."""
+    """Runs the jobs of one step, or groups that outlive steps."""
 
-    def __init__(self, run_episode: RunEpisode, scorer: Scorer, config: RolloutConfig) -> None:
+    def __init__(self, scorer: Scorer, config: RolloutConfig) -> None:
         """`config` bounds concurrency, retries and failures."""
-        self._run_episode = run_episode
         self._scorer = scorer
         self._config = config
         self._gate = asyncio.Semaphore(config.max_concurrent_episodes)
-        self._began = time.monotonic()
-        self._reasons: Counter[str] = Counter()
-        self._num_episodes = self._num_failed = 0
+        self.began_s = time.monotonic()
+        """`Episode.start_s` counts from here."""
+        self._failures = FailureBound(config)
 
-    async def run(self, jobs: Sequence[GroupJob]) -> list[Group]:
+    async def run(self, jobs: Sequence[GroupJob], run_episode: RunEpisode) -> list[Group]:
         """All groups, in the order of `jobs`. Cancelling it cancels every episode.
 
         Further calls are further rounds of the same step: failures add up.
@@ -77,38 +88,64 @@ class Scheduler:
                 as soon as that is certain, with the counted reasons. Or the judge refuses every
                 request.
         """
-        self._num_episodes += sum(job.num_samples for job in jobs)
-        tasks: list[list[asyncio.Task[Episode]]] = []
+        self._failures.expect(sum(job.num_samples for job in jobs))
         try:
             async with asyncio.TaskGroup() as group:
-                for job in jobs:
-                    tasks.append(
-                        [
-                            group.create_task(self._episode(job, index))
-                            for index in range(job.num_samples)
-                        ]
-                    )
+                tasks = [
+                    group.create_task(self._group(job, run_episode, {}, _ignore)) for job in jobs
+                ]
         except* RolloutError as errors:
             raise errors.exceptions[0] from None
-        return [
-            Group(
-                uid=job.uid,
-                data_source=job.question.data_source,
-                question=job.question.question,
-                ground_truth=job.question.ground_truth,
-                row_index=job.row_index,
-                episodes=tuple(task.result() for task in row),
-                question_key=job.question.key,
-                level=job.question.level,
-                question_type=job.question.question_type,
-            )
-            for job, row in zip(jobs, tasks, strict=True)
-        ]
+        return [task.result() for task in tasks]
 
-    async def _run_to_tree(self, episode_id: str, question: Question) -> EpisodeTree:
+    async def run_group(
+        self,
+        job: GroupJob,
+        run_episode: RunEpisode,
+        known: Mapping[int, Episode],
+        on_episode: Callable[[Episode], None],
+    ) -> Group:
+        """One group, which no step waits for yet; cancelling it cancels its episodes.
+
+        Args:
+            job: the question.
+            run_episode: runs one attempt, as soon as there is a place for it.
+            known: episodes that it has already, by sample index; the others are run.
+            on_episode: called with every other one as it ends.
+
+        Raises:
+            RolloutError: as `run`.
+        """
+        self._failures.expect(job.num_samples)
+        return await self._group(job, run_episode, known, on_episode)
+
+    async def _group(
+        self,
+        job: GroupJob,
+        run_episode: RunEpisode,
+        known: Mapping[int, Episode],
+        on_episode: Callable[[Episode], None],
+    ) -> Group:
+        async def one(index: int) -> Episode:
+            if index in known:
+                return known[index]
+            episode = await self._episode(job, index, run_episode)
+            on_episode(episode)
+            return episode
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(index)) for index in range(job.num_samples)]
+        except* RolloutError as errors:
+            raise errors.exceptions[0] from None
+        return job.group([task.result() for task in tasks])
+
+    async def _run_to_tree(
+        self, run_episode: RunEpisode, episode_id: str, question: Question
+    ) -> EpisodeTree:
         """Run an episode; what it raises becomes its status, so that it never ends the step."""
         try:
-            return await self._run_episode(episode_id, question)
+            return await run_episode(episode_id, question)
         except Exception as error:
             _log.exception("episode %s", episode_id)
             planner = Trajectory(
@@ -125,18 +162,20 @@ class Scheduler:
             )
             return EpisodeTree(planner, (), "")
 
-    async def _episode(self, job: GroupJob, sample_index: int) -> Episode:
+    async def _episode(self, job: GroupJob, sample_index: int, run_episode: RunEpisode) -> Episode:
         episode_id = f"{job.uid}.{sample_index}"
         async with place(self._gate, "wait for a slot", (episode_id, "queue")):
-            start_s = time.monotonic() - self._began
+            start_s = time.monotonic() - self.began_s
             with span("episode", (episode_id, "")) as running:
-                tree, num_retries = await self._run_with_retries(episode_id, job.question)
+                tree, num_retries = await self._run_with_retries(
+                    run_episode, episode_id, job.question
+                )
         score, failure = Score(), f"{tree.planner.status}: {tree.planner.error}"
         with span("score", (episode_id, "score")) as scoring:
             if tree.planner.status not in INFRASTRUCTURE_FAILURES:
                 score, failure = await self._score(episode_id, job.question, tree)
         if failure:
-            self._count_failure(failure)
+            self._failures.count(failure)
         return Episode(
             id=episode_id,
             uid=job.uid,
@@ -153,18 +192,19 @@ class Scheduler:
         )
 
     async def _run_with_retries(
-        self, episode_id: str, question: Question
+        self, run_episode: RunEpisode, episode_id: str, question: Question
     ) -> tuple[EpisodeTree, int]:
         """What the last attempt left behind, and how many came before it."""
         num_retries = 0
         while True:
-            tree = await self._run_to_tree(episode_id, question)
+            tree = await self._run_to_tree(run_episode, episode_id, question)
             status = tree.planner.status
             note(status=str(status), retries=num_retries)
             if status not in INFRASTRUCTURE_FAILURES:
                 return tree, num_retries
             if num_retries >= self._config.max_episode_retries:
                 return tree, num_retries
+            _log.info("episode %s begins anew: %s: %s", episode_id, status, tree.planner.error)
             with span("pause before a retry", after=str(status)):
                 await asyncio.sleep(RETRY_PAUSE_S * 2**num_retries)
             num_retries += 1
@@ -196,18 +236,6 @@ class Scheduler:
             question.question, tree.said, question.ground_truth, trajectories
         )
 
-    def _count_failure(self, reason: str) -> None:
-        self._reasons[reason[:_MAX_REASON_CHARS]] += 1
-        self._num_failed += 1
-        allowed = self._config.max_failed_frac * self._num_episodes
-        if self._num_failed > allowed:
-            reasons = "; ".join(
-                f"{count} x {reason}" for reason, count in self._reasons.most_common(_MAX_REASONS)
-            )
-            more = len(self._reasons) - _MAX_REASONS
-            raise RolloutError(
-                f"{self._num_failed} of {self._num_episodes} episodes failed outside the model, "
-                f"each after {self._config.max_episode_retries} retries; "
-                f"rollout.max_failed_frac={self._config.max_failed_frac:g} allows "
-                f"{int(allowed)}: {reasons}" + (f"; and {more} other reasons" if more > 0 else "")
-            )
+
+def _ignore(episode: Episode) -> None:
+    """Nobody follows the episodes of a step that is waited for as a whole."""

@@ -5,6 +5,9 @@
 | `GET /health`                                    | whether it is ready; open to all             |
 | `POST /collect`                                  | rollout bytes (long poll); or 202 and        |
 |                                                  | `{"refit": [...]}`: engines wait for weights |
+| `GET /in_flight?step=N`                          | what a checkpoint after step N has to hold:  |
+|                                                  | rollout bytes, or 204                        |
+| `POST /in_flight`                                | takes such bytes, before the first collect   |
 | `GET /fleet`                                     | the state of every engine                    |
 | `POST /fleet/refitting {"engines": [...]}`       | they are about to get weights                |
 | `POST /fleet/refitted {"version", "engines"}`    | they hold that version, verified             |
@@ -36,6 +39,8 @@ from megatron_matpo.types import PolicyVersion, RolloutBatch, RowAsk
 
 _log = logging.getLogger(__name__)
 
+_MAX_BODY_BYTES = 1 << 36
+"""Groups in flight are a few hundred MB of tokens; only who has the token is read at all."""
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -51,6 +56,14 @@ class Collector(Protocol):
         position: int,
     ) -> RolloutBatch:
         """As `RolloutManager.collect`."""
+        ...
+
+    def in_flight(self, trained_step: int) -> RolloutBatch | None:
+        """As `RolloutManager.in_flight`."""
+        ...
+
+    def restore(self, saved: RolloutBatch) -> None:
+        """As `RolloutManager.restore`."""
         ...
 
 
@@ -95,11 +108,13 @@ class ManagerServer:
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application()
+        app = web.Application(client_max_size=_MAX_BODY_BYTES)
         app.router.add_get("/health", self._health)
         app.router.add_post("/collect", self._collect)
         app.router.add_get("/fleet", self._tell_fleet)
         app.router.add_post("/fleet/{word:refitting|refitted|lost}", self._hear_of_fleet)
+        app.router.add_get("/in_flight", self._in_flight)
+        app.router.add_post("/in_flight", self._restore)
         return app
 
     async def start(self, host: str, port: int) -> None:
@@ -124,6 +139,38 @@ class ManagerServer:
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"ready": self._collector is not None, "detail": self.detail})
+
+    async def _in_flight(self, request: web.Request) -> web.StreamResponse:
+        collector = self._collector_for(request)
+        if isinstance(collector, web.Response):
+            return collector
+        step = request.query.get("step", "")
+        if not step.isdecimal():
+            return _failure(400, "ValueError", f"step={step!r}: expected a number")
+        saved = collector.in_flight(int(step))
+        if saved is None:
+            return web.Response(status=204)
+        body = await asyncio.to_thread(wire.encode, saved)
+        return web.Response(body=body, content_type="application/octet-stream")
+
+    async def _restore(self, request: web.Request) -> web.StreamResponse:
+        collector = self._collector_for(request)
+        if isinstance(collector, web.Response):
+            return collector
+        try:
+            body = await request.read()
+            collector.restore(await asyncio.to_thread(wire.decode, body, "groups in flight"))
+        except MatpoError as error:
+            _log.error("groups in flight: %s", error)
+            return _failure(500, type(error).__name__, str(error))
+        return web.Response(status=204)
+
+    def _collector_for(self, request: web.Request) -> Collector | web.Response:
+        """Who answers, or the answer to who may not ask or asks too early."""
+        if refusal := self._refusal(request):
+            return refusal
+        assert self._collector is not None, "else refused"
+        return self._collector
 
     async def _collect(self, request: web.Request) -> web.StreamResponse:
         if refusal := self._refusal(request):

@@ -73,8 +73,8 @@ def _build_rollouts(
     if config.rollout.replay:
         return ReplayRollouts(config.rollout.replay, partial(is_stop_agreed, run_dir, group))
     return ManagerRollouts(
+        config.rollout,
         _manager_client(config, plan),
-        config.rollout.step_timeout_s,
         _share_over(group),
         run_dir,
         is_first_rank=state.rank == 0,
@@ -128,6 +128,7 @@ def _build_sync(
             config.weight_sync.retries,
             config.weight_sync.answer_timeout_s,
         ),
+        pause_mode="in_place" if _keeps_cache(config) else "abort",
     )
     return PushOnce(sync) if config.weight_sync.transport == "none" else sync
 
@@ -136,11 +137,17 @@ def _build_transport(config: Config, plan: Plan, actor: MegatronActor, run_dir: 
     settings = config.weight_sync
     if settings.transport == "disk":
         folder = Path(settings.folder or run_dir / "weights")
-        return DiskTransport(folder, actor.write_hf)
+        return DiskTransport(folder, actor.write_hf, flush_cache=not _keeps_cache(config))
     return BroadcastTransport(
         bucket_bytes=settings.bucket_mb << 20,
         ranks_per_engine=config.rollout.tensor,
         host=plan.trainer_host,
         port=plan.weight_sync_port,
         backend="nccl" if config.cluster.device == "cuda" else "gloo",
+        flush_cache=not _keeps_cache(config),
     )
+
+
+def _keeps_cache(config: Config) -> bool:
+    """Whether generations go on from the cache of the weights before (`rollout.on_update`)."""
+    return config.rollout.max_staleness > 0 and config.rollout.on_update == "in_place"

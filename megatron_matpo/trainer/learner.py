@@ -246,6 +246,7 @@ def policy_loss_fn(algo: AlgoConfig, update: Update) -> LossFn:
                 logprobs if algo.old_logprobs == "engine" else old,
                 batch.rollout_logprobs,
                 replace(means, counts=update.mismatch_counts),
+                batch.is_current,
             )
         values = {"ratio": ratio, "clip_frac": outside, "entropy": entropy}
         return loss, metrics | policy_metrics(means, values)

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import distributed as dist
 
+from megatron_matpo.checkpoint_files import IN_FLIGHT
+from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError
 from megatron_matpo.rollout.client import ManagerClient, RefitWanted
 from megatron_matpo.trainer.stopping import StopRequested, result_or_stop
@@ -28,6 +30,14 @@ class Rollouts(Protocol):
 
     def connect(self) -> None:
         """Wait until the source can be asked."""
+        ...
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Take over what the folder of the resumed checkpoint has in flight, before any collect."""
+        ...
+
+    def in_flight(self, step: int) -> bytes:
+        """What a checkpoint after `step` has to hold of episodes, on rank 0; empty: nothing."""
         ...
 
     def collect(
@@ -48,8 +58,8 @@ class ManagerRollouts:
 
     def __init__(
         self,
+        config: RolloutConfig,
         client: ManagerClient,
-        step_timeout_s: float,
         share: Callable[[bytes | None], bytes],
         run_dir: Path,
         *,
@@ -61,10 +71,12 @@ class ManagerRollouts:
         A stop is requested in `run_dir`. `refit` gives weights to engines that wait for them; all
         ranks call it.
         """
-        self._client, self._step_timeout_s = client, step_timeout_s
+        self._client, self._step_timeout_s = client, config.step_timeout_s
         self._refit = refit
         self._share, self._run_dir = share, run_dir
         self._is_first_rank = is_first_rank
+        self._outlive = config.max_staleness > 0 or config.over_sample > 0
+        """Whether groups may be in flight between steps."""
 
     def connect(self) -> None:
         """Wait until the manager and its tool servers are ready (rank 0; elsewhere nothing).
@@ -74,6 +86,27 @@ class ManagerRollouts:
         """
         if self._is_first_rank:
             self._client.wait_ready()
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Give the manager the groups that the checkpoint has in flight (rank 0).
+
+        Raises:
+            RolloutError: the manager refuses them, or cannot be reached.
+        """
+        path = checkpoint / IN_FLIGHT if checkpoint is not None else None
+        if self._is_first_rank and path is not None and path.is_file():
+            self._client.restore(path.read_bytes())
+            self._outlive = True
+
+    def in_flight(self, step: int) -> bytes:
+        """Groups that are begun and not trained, as the manager gives them.
+
+        Raises:
+            RolloutError, DeadlineError: as `collect`.
+        """
+        if not self._is_first_rank or not self._outlive:
+            return b""
+        return self._client.in_flight(step)
 
     def collect(
         self, step: int, version: PolicyVersion, split: str = "train", *, position: int = 0
@@ -118,6 +151,13 @@ class ReplayRollouts:
 
     def connect(self) -> None:
         """Nothing to wait for."""
+
+    def restore(self, checkpoint: Path | None) -> None:
+        """Nothing runs between steps."""
+
+    def in_flight(self, step: int) -> bytes:
+        """Nothing runs between steps."""
+        return b""
 
     def collect(
         self, step: int, version: PolicyVersion, split: str = "train", *, position: int = 0

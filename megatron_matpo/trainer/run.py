@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_matpo.algo.advantages import num_uninformative_groups
+from megatron_matpo.checkpoint_files import IN_FLIGHT
 from megatron_matpo.config import Config
 from megatron_matpo.data.schedule import num_trained_tokens
-from megatron_matpo.errors import CheckpointError, ConfigError
+from megatron_matpo.errors import CheckpointError, ConfigError, RolloutError
 from megatron_matpo.evaluation.inputs import FOLDER as EVALUATIONS
 from megatron_matpo.evaluation.results import episode_results
 from megatron_matpo.evaluation.summary import metrics, summarize
@@ -67,7 +68,8 @@ class Progress:
     """Optimizer updates; the learning rate is a function of it."""
 
     data_position: int = 0
-    """Questions asked so far; not a function of the step with `rollout.dynamic_sampling`."""
+    """Questions begun so far; not a function of the step with `rollout.dynamic_sampling`. With
+    groups in flight, the manager's own count in the checkpoint goes before it."""
 
     def after(self, num_updates: int, data_position: int) -> Progress:
         """The state after one more step of `num_updates` updates."""
@@ -171,9 +173,13 @@ class Run:
         return progress
 
     def connect(self) -> None:
-        """Wait for the manager and the engines, inside `run.start_timeout_s`."""
+        """Wait for the manager and the engines, inside `run.start_timeout_s`.
+
+        Groups that the resumed checkpoint has in flight go to the manager.
+        """
         self.clock.enter("connect")
         self.rollouts.connect()
+        self.rollouts.restore(self.actor.restored)
         self.sync.connect()
 
     def record(
@@ -218,21 +224,30 @@ class Run:
         """
         last = progress.step == self.config.run.steps
         if last or is_due(self.config.checkpoint.every, progress.step):
-            self._save(progress)
+            self._save(progress, self.rollouts.in_flight(progress.step))
         else:
             self.actor.poll_save()
 
     def stop_early(self, progress: Progress) -> None:
-        """Save what is not saved yet, and close everything; the same command goes on from here."""
+        """Save what is not saved yet, and close everything; the same command goes on from here.
+
+        A scheduler that stops a job may have ended the manager before: the weights are saved
+        nevertheless, and the questions in flight are lost.
+        """
         if progress.step > self.saved_step:
-            self._save(progress)
+            try:
+                in_flight = self.rollouts.in_flight(progress.step)
+            except RolloutError as error:
+                _log.warning("groups in flight are not in the last checkpoint: %s", error)
+                in_flight = b""
+            self._save(progress, in_flight)
         self.clock.enter("checkpoint")
         self.actor.finish_save()
         self._close()
         self.clock.enter(STOPPED_PHASE)
 
-    def _save(self, progress: Progress) -> None:
-        save_progress(self.actor, self.run_dir, progress, self.clock)
+    def _save(self, progress: Progress, in_flight: bytes) -> None:
+        save_progress(self.actor, self.run_dir, progress, self.clock, in_flight)
         self.saved_step = progress.step
 
     def evaluate_start(self, progress: Progress, version: PolicyVersion) -> None:
@@ -324,10 +339,16 @@ def load_progress(
     return Progress(**saved)
 
 
-def save_progress(actor: MegatronActor, run_dir: Path, progress: Progress, clock: Clock) -> None:
-    """Begin to write a checkpoint of `progress`; see `Checkpoints.save`. All ranks call."""
+def save_progress(
+    actor: MegatronActor, run_dir: Path, progress: Progress, clock: Clock, in_flight: bytes = b""
+) -> None:
+    """Begin to write a checkpoint of `progress`; see `Checkpoints.save`. All ranks call.
+
+    `in_flight` are rank 0's groups that are begun and not trained.
+    """
     clock.enter("checkpoint")
-    actor.save(run_dir / CHECKPOINTS, progress.step, asdict(progress))
+    further = {IN_FLIGHT: in_flight} if in_flight else {}
+    actor.save(run_dir / CHECKPOINTS, progress.step, asdict(progress), further)
 
 
 def reward_metrics(batch: RolloutBatch) -> dict[str, float]:

@@ -32,6 +32,10 @@ def to_micro_batch(samples: list[TrainSample], device: torch.device) -> MicroBat
     if any(sample.advantage_mask is not None for sample in samples):
         kept = (sample.advantage_mask or [1] * len(sample.labels) for sample in samples)
         advantages = advantages * row(kept, torch.float32)
+    is_current = None
+    if any(sample.is_current is not None for sample in samples):
+        flags = (sample.is_current or [1] * len(sample.labels) for sample in samples)
+        is_current = row(flags, torch.float32)
     return MicroBatch(
         input_ids=row((sample.input_ids for sample in samples), torch.long),
         labels=row((sample.labels for sample in samples), torch.long),
@@ -43,4 +47,5 @@ def to_micro_batch(samples: list[TrainSample], device: torch.device) -> MicroBat
         is_worker=spread(float(sample.role is Role.WORKER) for sample in samples),
         lengths=lengths,
         sample_ids=tuple(sample.trajectory_id for sample in samples),
+        is_current=is_current,
     )

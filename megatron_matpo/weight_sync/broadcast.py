@@ -40,11 +40,16 @@ class BroadcastTransport:
         host: str,
         port: int,
         backend: str,
+        flush_cache: bool = True,
     ) -> None:
-        """Keep the arguments; `host` and `port` are where the group meets, on this rank."""
+        """Keep the arguments; `host` and `port` are where the group meets, on this rank.
+
+        `flush_cache`: engines forget cached prefixes with the last bucket.
+        """
         self._bucket_bytes = bucket_bytes
         self._ranks_per_engine = ranks_per_engine
         self._host, self._port, self._backend = host, port, backend
+        self._flush_cache = flush_cache
         self._store: c10d.Store | None = None
         self._group: dist.ProcessGroup | None = None
         self._group_name = ""
@@ -157,7 +162,7 @@ class BroadcastTransport:
                         # An engine takes the version with the bucket: the last one carries it.
                         weight_version=str(version) if bucket.is_last else None,
                         load_format="flattened_bucket",
-                        flush_cache=bucket.is_last,
+                        flush_cache=bucket.is_last and self._flush_cache,
                         # It can wait for the bucket before.
                         deadline_s=2 * engines.request_s,
                     ),

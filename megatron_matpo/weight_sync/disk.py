@@ -24,10 +24,14 @@ WriteFolder = Callable[[Path, Iterator[tuple[str, Tensor]]], None]
 class DiskTransport:
     """Folders `version_N` in `folder`; at most the served one and the next exist."""
 
-    def __init__(self, folder: Path, write: WriteFolder) -> None:
-        """`write` puts a complete folder at a path, in one step."""
+    def __init__(self, folder: Path, write: WriteFolder, *, flush_cache: bool = True) -> None:
+        """`write` puts a complete folder at a path, in one step.
+
+        `flush_cache`: engines forget cached prefixes when they load it.
+        """
         self._folder = folder.resolve()
         self._write = write
+        self._flush_cache = flush_cache
 
     async def connect(self, engines: Engines) -> None:
         """Remove what an earlier attempt of the run left.
@@ -65,7 +69,10 @@ class DiskTransport:
         await engines.all(
             f"loading {path}",
             lambda e: e.update_weights_from_disk(
-                folder=str(path), weight_version=str(version), deadline_s=engines.request_s
+                folder=str(path),
+                weight_version=str(version),
+                flush_cache=self._flush_cache,
+                deadline_s=engines.request_s,
             ),
         )
         num_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))

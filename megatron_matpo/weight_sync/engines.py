@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Protocol, TypeVar, cast
+from typing import Literal, Protocol, TypeVar, cast
 
 from megatron_matpo.errors import EngineError, EngineRejected, WeightSyncError
 
 T = TypeVar("T")
+PauseMode = Literal["abort", "retract", "in_place"]
+"""As `rollout.engine_client.PauseMode`."""
 BLAME_S = 2.0
 """After a first failure the others get so long to fail too: an engine that dies in a collective
 breaks it for its neighbours, whose errors may come first."""
@@ -31,8 +33,8 @@ class EngineControl(Protocol):
         """Return when the engine generates."""
         ...
 
-    async def pause(self, *, deadline_s: float) -> None:
-        """End what is being sampled; new requests wait."""
+    async def pause(self, *, mode: PauseMode, deadline_s: float) -> None:
+        """Stop sampling; new requests wait. `abort` ends what is being sampled."""
         ...
 
     async def resume(self, *, deadline_s: float) -> None:
@@ -69,7 +71,7 @@ class EngineControl(Protocol):
         ...
 
     async def update_weights_from_disk(
-        self, *, folder: str, weight_version: str, deadline_s: float
+        self, *, folder: str, weight_version: str, flush_cache: bool, deadline_s: float
     ) -> None:
         """Make the engine load a folder."""
         ...

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
 from megatron_matpo.types import PolicyVersion
-from megatron_matpo.weight_sync.engines import EngineControl, Engines
+from megatron_matpo.weight_sync.engines import EngineControl, Engines, PauseMode
 from megatron_matpo.weight_sync.membership import FixedMembership, Member, Recovery, Which
 from megatron_matpo.weight_sync.verify import Verifier
 
@@ -91,10 +91,12 @@ class Transaction:
         *,
         timeout_s: float,
         start_timeout_s: float,
+        pause_mode: PauseMode = "abort",
         recovery: Recovery | None = None,
     ) -> None:
         """Keep the arguments; nothing is contacted before `connect`.
 
+        `pause_mode` `in_place` goes with a transport that does not flush the engines' caches.
         Without `recovery` a push is not tried again, and rank 0 is alone.
         """
         self._export = export
@@ -102,6 +104,7 @@ class Transaction:
         self._transport = transport
         self._verifier = verifier
         self._start_timeout_s = start_timeout_s
+        self._pause_mode: PauseMode = pause_mode
         self._recovery = recovery or Recovery(FixedMembership(len(engines)))
         self._runner = asyncio.Runner()
         self._phase = ""
@@ -264,7 +267,8 @@ class Transaction:
         await self._transport.prepare(version, tensors)
         self._phase, paused = "pause", time.monotonic()
         await membership.refit_began(engines.indices)
-        await engines.all("pausing", lambda e: e.pause(deadline_s=engines.request_s))
+        mode: PauseMode = self._pause_mode
+        await engines.all("pausing", lambda e: e.pause(mode=mode, deadline_s=engines.request_s))
         self._phase, delivering = "deliver", time.monotonic()
         num_bytes = await self._transport.deliver(version, engines)
         self._phase, verifying = "verify", time.monotonic()

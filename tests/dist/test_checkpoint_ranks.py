@@ -121,6 +121,9 @@ def test_updates_during_the_write_change_nothing(ranks, model_folder, tmp_path):
         assert at_once[file]["num_bytes"] > 10_000
         assert meanwhile[file] == at_once[file]
     assert (tmp_path / "meanwhile" / "latest").read_text() == "step_1\n"
+    further = tmp_path / "meanwhile" / "step_1" / "in_flight.rollout"
+    assert further.read_text() == "groups of rank 0"
+    assert meanwhile[further.name]["num_bytes"] == 16, "it is checked before it is loaded"
 
 
 @pytest.mark.parametrize("on_failure", ["stop", "warn"])

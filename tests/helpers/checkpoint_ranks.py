@@ -110,7 +110,9 @@ def change_while_writing(
         actor.finish_save()
         goes_on = threading.Event()
         with held_back(lambda: _wait(goes_on)):
-            actor.save(folder / "meanwhile", 1, {"updates": 1})
+            # Only rank 0's further files are kept.
+            further = {"in_flight.rollout": f"groups of rank {state.rank}".encode()}
+            actor.save(folder / "meanwhile", 1, {"updates": 1}, further)
             for i in range(1, 4):
                 actor.update(mine, weighted_loss, i)
                 torch.rand(())

@@ -48,7 +48,7 @@ class ScriptedFakeEngine:
     async def wait_ready(self, *, deadline_s):
         await self._enter("wait_ready")
 
-    async def pause(self, *, deadline_s):
+    async def pause(self, *, mode, deadline_s):
         await self._enter("pause")
         self.is_paused = True
 
@@ -56,7 +56,7 @@ class ScriptedFakeEngine:
         await self._enter("resume")
         self.is_paused = False
 
-    async def update_weights_from_disk(self, *, folder, weight_version, deadline_s):
+    async def update_weights_from_disk(self, *, folder, weight_version, flush_cache, deadline_s):
         assert self.is_paused, "weights change only while nothing is sampled"
         await self._enter("update")
         self.weights = load_file(Path(folder) / "model.safetensors")

@@ -157,7 +157,10 @@ def test_new_weights_in_the_middle_of_turns(site: Site) -> None:
         await asyncio.sleep(0.3)  # turns are sent again, and wait
         for engine in engines:
             await engine.update_weights_from_disk(
-                folder=str(site.other_weights), weight_version="1", deadline_s=LIMIT_S
+                folder=str(site.other_weights),
+                weight_version="1",
+                flush_cache=True,
+                deadline_s=LIMIT_S,
             )
         for engine in engines:
             await engine.resume(deadline_s=LIMIT_S)

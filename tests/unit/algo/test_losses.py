@@ -1,6 +1,7 @@
 """Losses against float64 formulas, and their independence of packing."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,6 +175,24 @@ def test_mismatch_is_zero_for_equal_and_counts_only_the_mask():
         assert actual == pytest.approx(float(difference.abs().mean()))
         assert float(metrics[f"mismatch/k3{suffix}"]) == pytest.approx(float(k3), rel=1e-5)
     assert float(metrics["mismatch/max"]) == pytest.approx(float((new - old)[kept].abs().max()))
+
+
+def test_the_mismatch_of_the_trained_weights_leaves_older_tokens_out():
+    new, old, _, mask = tensors(3)
+    means = means_of(mask, [0, 1, 1, 0, 0])
+    assert "mismatch/current" not in mismatch_metrics(new, old, means)
+    current = torch.zeros_like(mask)
+    current[:, 1] = 1.0
+    chosen = (mask * current).bool()
+    mixed = replace(means, counts=replace(means.counts, current=int(chosen.sum())))
+    metrics = mismatch_metrics(new, old, mixed, current)
+    expected = float((new - old)[chosen].abs().mean())
+    assert float(metrics["mismatch/current"]) == pytest.approx(expected)
+    # A micro-batch without older tokens, of a step that has some: its share counts whole.
+    whole = mismatch_metrics(new, old, mixed)["mismatch/current"]
+    assert float(whole) == pytest.approx(
+        float((new - old)[mask.bool()].abs().sum()) / int(chosen.sum())
+    )
 
 
 def test_a_role_without_tokens_has_no_metrics():

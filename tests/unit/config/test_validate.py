@@ -40,12 +40,35 @@ def section(config: Config, name: str, **values) -> Config:
     return replace(config, **{name: replace(getattr(config, name), **values)})
 
 
-def test_staleness_can_be_planned_and_is_refused_by_train_alone(config):
+def test_stale_tokens_need_a_correction(config):
     stale = section(config, "rollout", max_staleness=1)
     (problem,) = collect_violations(stale, command="train")
-    assert problem.startswith("rollout.max_staleness=1: only 0 (synchronous")
+    assert problem.startswith("algo.tis=off: with rollout.max_staleness=1 tokens were sampled by")
+    for algo in ({"tis": "truncate"}, {"tis": "mask"}, {"old_logprobs": "engine"}):
+        assert collect_violations(section(stale, "algo", **algo), command="train") == []
     assert collect_violations(stale, command="eval") == []
     assert check_values(stale) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"cluster": {"placement": "colocated"}},
+            "rollout.max_staleness=2: with cluster.placement",
+        ),
+        ({"weight_sync": {"transport": "none"}}, "rollout.max_staleness=2: with weight_sync"),
+        ({"rollout": {"on_stale": "keep"}}, "rollout.on_stale=keep: expected one of wait, refresh"),
+        ({"rollout": {"on_update": "abort"}}, "rollout.on_update=abort: expected one of retract"),
+        ({"rollout": {"over_sample": 5.0}}, "rollout.over_sample=5.0: must be at least 0 and at"),
+    ],
+)
+def test_what_an_asynchronous_run_cannot_have(config, values, message):
+    stale = section(section(config, "rollout", max_staleness=2), "algo", tis="truncate")
+    for name, fields in values.items():
+        stale = section(stale, name, **fields)
+    problems = [*collect_violations(stale, command="train"), *check_values(stale)]
+    assert any(problem.startswith(message) for problem in problems)
 
 
 def test_a_colocated_trainer_can_be_planned_and_is_refused_for_a_run(config):

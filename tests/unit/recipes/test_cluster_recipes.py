@@ -128,10 +128,7 @@ def test_nothing_is_wrong_but_what_no_run_can_do_yet(name, tmp_path, monkeypatch
     assert isinstance(on_cluster.tools, ToolsConfig)
     command = "eval" if config.is_evaluation else "train"
     found = {problem.split("=")[0] for problem in collect_violations(on_cluster, command=command)}
-    expected = {
-        *(["cluster.placement"] if config.cluster.placement == "colocated" else []),
-        *(["rollout.max_staleness"] if config.rollout.max_staleness else []),
-    }
+    expected = {"cluster.placement"} if config.cluster.placement == "colocated" else set()
     assert found == expected
     assert collect_warnings(on_cluster, command=command) == []
 
@@ -251,7 +248,7 @@ def row(name: str) -> str:
     memory = f"{peak}, {serving:.1f}, {gpu.memory_gib:.1f}"
     if config.cluster.placement == "colocated":
         memory = f"{peak} together, of {gpu.memory_gib:.1f}"
-    only_planned = config.cluster.placement == "colocated" or config.rollout.max_staleness > 0
+    only_planned = config.cluster.placement == "colocated"
     status = "planned; refused by `matpo train` so far" if only_planned else "never run there"
     return (
         f"| `{name}` | {Path(config.model.path).name} | {trainer} | "

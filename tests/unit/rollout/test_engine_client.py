@@ -251,6 +251,22 @@ def test_control_verbs_speak_sglang() -> None:
     asyncio.run(scenario())
 
 
+def test_a_pause_that_aborts_waits_for_nothing_that_runs() -> None:
+    """SGLang's own mode would look again after a second."""
+
+    async def scenario() -> None:
+        async with fake_server() as (fake, client):
+            fake.answer = answers({})
+            await client.pause(mode="abort", deadline_s=1)
+            assert [(path, body) for _, path, body, _ in fake.asked] == [
+                ("/abort_request", {"rid": "", "abort_all": True}),
+                ("/pause_generation", {"mode": "retract"}),
+                ("/abort_request", {"rid": "", "abort_all": True}),
+            ]
+
+    asyncio.run(scenario())
+
+
 @pytest.mark.parametrize("answer", [{"success": False, "message": "group g is unknown"}, {}])
 def test_a_failed_command_is_rejected(answer: dict[str, Any]) -> None:
     async def scenario() -> None:

@@ -28,27 +28,10 @@ from megatron_matpo.data.dataset import Question
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.types import RolloutBatch, VersionSpan
 from tests.helpers.rollouts import FakeGeneration, make_config, make_tokenizer
+from tests.helpers.virtual_time import VirtualTimeLoop
 
 NUM_EPISODES = 24
 SHAPE = schedule.Shape(seed=7, invalid_frac=0.2, reply_chars=(20, 60), turn_tokens=(4, 20))
-
-
-class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Its clock stands while anything can run, and then jumps to the next timer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._now_s = 0.0
-
-    def time(self) -> float:
-        return self._now_s
-
-    def _run_once(self) -> None:
-        if not self._ready:  # type: ignore[attr-defined]
-            timers = self._scheduled  # type: ignore[attr-defined]
-            due = [timer.when() for timer in timers if not timer.cancelled()]
-            self._now_s = max(self._now_s, min(due, default=self._now_s))
-        super()._run_once()  # type: ignore[misc]
 
 
 class VirtualEngine:

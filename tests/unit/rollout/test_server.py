@@ -21,6 +21,8 @@ from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.health import Event
 from megatron_matpo.rollout.server import ManagerServer
 from megatron_matpo.types import RolloutBatch
+from tests.helpers.moving_policy import MovingPolicy, single_agent
+from tests.helpers.moving_policy import manager_of as manager_for
 from tests.helpers.rollouts import FakeEngine, FakeToolBox, make_chat, make_config, make_question
 
 TOKEN = "s3cret"
@@ -290,3 +292,39 @@ def test_the_fleet_is_told_and_heard_of() -> None:
 async def post(session: aiohttp.ClientSession, path: str, body: object) -> tuple[int, bytes]:
     async with session.post(path, json=body, headers=HEADERS) as reply:
         return reply.status, await reply.read()
+
+
+def test_groups_in_flight_go_out_and_come_back() -> None:
+    policy = MovingPolicy(lambda conversation: 0.01)
+    config = single_agent(max_staleness=1)
+    saved: list[bytes] = []
+    uids: list[str] = []
+
+    async def first(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.get("/in_flight?step=0", headers=HEADERS) as reply:
+            assert reply.status == 204, "nothing is begun"
+        async with session.post("/collect", json=ASK, headers=HEADERS) as reply:
+            assert reply.status == 200
+        for path in ("/in_flight", "/in_flight?step=x", "/in_flight?step=-1"):
+            async with session.get(path, headers=HEADERS) as reply:
+                assert reply.status == 400
+        for ask in (session.get("/in_flight?step=1"), session.post("/in_flight", data=b"")):
+            async with ask as reply:
+                assert reply.status == 401
+        async with session.get("/in_flight?step=1", headers=HEADERS) as reply:
+            saved.append(await reply.read())
+        uids.extend(group.uid for group in wire.decode(saved[0]).groups)
+        assert len(uids) == 3
+
+    async def second(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        async with session.post("/in_flight", data=b"no such", headers=HEADERS) as reply:
+            assert reply.status == 500 and "not a recorded rollout" in (await reply.json())["error"]
+        async with session.post("/in_flight", data=saved[0], headers=HEADERS) as reply:
+            assert reply.status == 204
+        async with session.post("/collect", json=ASK | {"step": 2}, headers=HEADERS) as reply:
+            batch = wire.decode(await reply.read())
+        assert {group.uid for group in batch.groups} == set(uids)
+        assert batch.next_position == 9, "6 were begun, and 3 more"
+
+    serve(manager_for(config, policy), first)
+    serve(manager_for(config, policy), second)

@@ -17,6 +17,7 @@ from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.learner import LearnResult
 from megatron_matpo.trainer.loop import train
 from megatron_matpo.trainer.run import Run
+from megatron_matpo.trainer.stopping import StopRequested
 from megatron_matpo.trainer.throughput import Throughput
 from tests.helpers.episodes import make_batch
 
@@ -34,6 +35,7 @@ class StubActor:
     """Keeps what a checkpoint would hold, as JSON."""
 
     saved = ""
+    restored = None
 
     def restore(self, folder):
         return json.loads(self.saved) if self.saved else None
@@ -41,8 +43,9 @@ class StubActor:
     def load_initial(self):
         pass
 
-    def save(self, folder, step, extra):
+    def save(self, folder, step, extra, further):
         self.saved = json.dumps(extra)
+        self.further = further
 
     def poll_save(self):
         pass
@@ -82,6 +85,12 @@ class StubRollouts:
     def connect(self):
         pass
 
+    def restore(self, checkpoint):
+        pass
+
+    def in_flight(self, step):
+        return b""
+
     def collect(self, step, version, split="train", *, position=0):
         if step == self.fail_at:
             raise RolloutError("the judge is gone")
@@ -113,3 +122,41 @@ def test_a_checkpoint_without_its_place_in_the_data_is_refused(tmp_path):
     actor.saved = json.dumps({"step": 3, "policy_version": 3, "num_updates": 3})
     with pytest.raises(CheckpointError, match=r"another run\.name"):
         run(actor, StubRollouts(), tmp_path)
+
+
+def test_groups_in_flight_are_in_the_checkpoint_and_go_back_before_the_first_collection(tmp_path):
+    """What is in flight belongs to the step that was trained last, whatever was asked since."""
+
+    class Asynchronous(StubRollouts):
+        def in_flight(self, step):
+            return f"after {step}".encode()
+
+        def restore(self, checkpoint):
+            self.asked.append(checkpoint)
+
+    actor, first, second = StubActor(), Asynchronous(fail_at=6), Asynchronous()
+    with pytest.raises(RolloutError):
+        run(actor, first, tmp_path)
+    assert actor.further == {"in_flight.rollout": b"after 3"}
+    actor.restored = tmp_path / "step_3"
+    run(actor, second, tmp_path)
+    assert first.asked[0] is None
+    assert second.asked[0] == tmp_path / "step_3" and second.asked[1][0] == 4
+    assert actor.further == {"in_flight.rollout": b"after 8"}
+
+
+def test_a_stop_saves_although_the_manager_is_gone(tmp_path):
+    class Gone(StubRollouts):
+        def collect(self, step, version, split="train", *, position=0):
+            if step == 5:
+                raise StopRequested
+            return super().collect(step, version, split, position=position)
+
+        def in_flight(self, step):
+            if step == 4:
+                raise RolloutError("groups in flight: the rollout manager broke off")
+            return b"groups"
+
+    actor = StubActor()
+    run(actor, Gone(), tmp_path)
+    assert json.loads(actor.saved)["step"] == 4 and actor.further == {}

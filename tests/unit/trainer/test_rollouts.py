@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError, DeadlineError, RolloutError
 from megatron_matpo.obs.stop_request import is_stop_requested, request_stop
 from megatron_matpo.rollout.client import ManagerClient
@@ -31,10 +32,16 @@ class FakeManager(BaseHTTPRequestHandler):
         if self.path == "/fleet":
             self._send(200, json.dumps({"version": 3, "engines": self.server.engines}).encode())
             return
+        if self.path.startswith("/in_flight"):
+            return self._send(200, self.path.encode())
         self._send(200, json.dumps({"ready": self.server.ready, "detail": "warming up"}).encode())
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        raw = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/in_flight":
+            self.server.requests.append((self.headers["Authorization"], raw))
+            return self._send(204, b"")
+        body = json.loads(raw)
         self.server.requests.append((self.headers["Authorization"], body))
         self.server.paths.append(self.path)
         if self.path.startswith("/fleet/"):
@@ -83,10 +90,10 @@ def client_of(server, step_timeout_s=20.0, start_timeout_s=1.0):
     )
 
 
-def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, refit=None):
+def rollouts(server, run_dir=Path("."), step_timeout_s=20.0, refit=None, **config):
     return ManagerRollouts(
+        RolloutConfig(step_timeout_s=step_timeout_s, **config),
         client_of(server, step_timeout_s),
-        step_timeout_s,
         lambda data: data,
         run_dir,
         is_first_rank=True,
@@ -140,8 +147,8 @@ def test_engines_that_wait_for_weights_get_them_and_the_same_request_goes_on(ser
 def test_another_rank_refits_when_the_first_says_so(server):
     words, refitted = [b"refit", encode(BATCH)], []
     source = ManagerRollouts(
+        RolloutConfig(),
         client_of(server),
-        20.0,
         lambda data: words.pop(0),
         Path("."),
         is_first_rank=False,
@@ -206,3 +213,17 @@ def test_a_request_to_stop_ends_the_wait_for_a_batch(server, tmp_path):
     with pytest.raises(StopRequested):
         source.collect(1, 0)
     assert len(server.requests) == 1, "nothing more is asked for"
+
+
+def test_groups_in_flight_come_from_the_manager_and_go_back_to_it(server, tmp_path):
+    source = rollouts(server)
+    assert source.in_flight(7) == b"", "a synchronous run has nothing in flight, and asks nobody"
+    assert rollouts(server, max_staleness=1).in_flight(7) == b"/in_flight?step=7"
+    assert rollouts(server, over_sample=0.5).in_flight(7) == b"/in_flight?step=7"
+    source.restore(None)
+    source.restore(tmp_path)  # the checkpoint of a synchronous run
+    assert server.requests == []
+    (tmp_path / "in_flight.rollout").write_bytes(b"groups")
+    source.restore(tmp_path)
+    assert server.requests == [("Bearer secret-token", b"groups")]
+    assert source.in_flight(8) == b"/in_flight?step=8", "some of them may be left"

@@ -58,9 +58,7 @@ def _engine(pipe):
             except RuntimeError as error:
                 pipe.send((number, f"failed: {error}"))
             else:
-                pipe.send(
-                    (number, data.numpy().tobytes())
-                )  # a tensor needs its sender
+                pipe.send((number, data.numpy().tobytes()))  # a tensor needs its sender
 
 
 class JoiningEngine:
@@ -102,7 +100,7 @@ class JoiningEngine:
     async def wait_ready(self, *, deadline_s):
         pass
 
-    async def pause(self, *, deadline_s):
+    async def pause(self, *, mode, deadline_s):
         self.is_paused = True
 
     async def resume(self, *, deadline_s):

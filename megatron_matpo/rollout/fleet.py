@@ -57,6 +57,8 @@ class _Member:
     epoch: int = 0
     """Grows with what the trainer does to it: a probe that began before says nothing any more."""
     num_answers: int = 0
+    served_as: int = -1
+    """The incarnation that was healthy last: its ordinary pushes are not worth a line."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     dead: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -291,12 +293,16 @@ class Fleet:
         state = member.health.state
         if state is not before.state:
             member.reason = reason
-            _log.info("engine-%d: %s -> %s: %s", index, before.state, state, reason)
+            is_push = event in (Event.REFIT_BEGAN, Event.REFITTED)
+            is_ordinary = is_push and member.served_as == member.health.incarnation
+            level = logging.DEBUG if is_ordinary else logging.INFO
+            _log.log(level, "engine-%d: %s -> %s: %s", index, before.state, state, reason)
             if state is State.DEAD:
                 member.dead.set()
                 self._ask_restart(index, reason)
             elif state in ROUTABLE:
                 member.dead.clear()
+                member.served_as = member.health.incarnation
         if state is State.STALE and not self._has_trainer:
             self.refit_began([index])
             self._apply(index, Event.REFITTED, "loaded its weights itself", OWN_WEIGHTS)

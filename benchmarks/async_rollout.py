@@ -72,6 +72,7 @@ from megatron_matpo.data.dataset import Question  # noqa: E402
 from megatron_matpo.data.tokenizer import Tokenizer  # noqa: E402
 from megatron_matpo.rollout.collect import RolloutManager  # noqa: E402
 from megatron_matpo.rollout.engine_client import EngineClient  # noqa: E402
+from megatron_matpo.rollout.fleet import Fleet  # noqa: E402
 from megatron_matpo.rollout.generation import Generation, SamplingParams  # noqa: E402
 from megatron_matpo.rollout.routing import Router  # noqa: E402
 from megatron_matpo.simulation.draws import ASSUMED_LENGTHS  # noqa: E402
@@ -246,7 +247,8 @@ class PlayedRun:
         for engine in self.engines:
             self._stack.push_async_callback(engine.close)
         self._session = await self._stack.enter_async_context(aiohttp.ClientSession())
-        router = Router(self.engines, SamplingParams)
+        fleet = Fleet.unwatched([engine.url for engine in self.engines])
+        router = Router(self.engines, SamplingParams, fleet=fleet)
         places: dict[str, int] = {}
         script = self._script
 

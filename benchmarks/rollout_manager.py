@@ -66,6 +66,7 @@ from megatron_matpo.data.tokenizer import Tokenizer  # noqa: E402
 from megatron_matpo.mcp_tools.pool import McpToolBox  # noqa: E402
 from megatron_matpo.rollout.collect import RolloutManager  # noqa: E402
 from megatron_matpo.rollout.engine_client import EngineClient  # noqa: E402
+from megatron_matpo.rollout.fleet import Fleet  # noqa: E402
 from megatron_matpo.rollout.generation import SamplingParams  # noqa: E402
 from megatron_matpo.rollout.manager import ease_collector  # noqa: E402
 from megatron_matpo.rollout.routing import Router  # noqa: E402
@@ -182,7 +183,7 @@ async def measure(job: Job) -> dict[str, float]:
         def params_for(max_tokens: int) -> SamplingParams:
             return SamplingParams(max_tokens, stop_token_ids=(chat.end_of_turn_id,))
 
-        router = Router([engine], params_for)
+        router = Router([engine], params_for, fleet=Fleet.unwatched([engine.url]))
 
         def sampler_for(version: PolicyVersion) -> Sampler:
             sampler = router.sampler(version)

@@ -55,7 +55,8 @@ from megatron_matpo.weight_sync.disk import DiskTransport  # noqa: E402
 from megatron_matpo.weight_sync.ipc import IpcTransport  # noqa: E402
 from megatron_matpo.weight_sync.layout import EngineShape  # noqa: E402
 from megatron_matpo.weight_sync.shared_buffers import HostBuffer  # noqa: E402
-from megatron_matpo.weight_sync.transaction import Transaction, Transport  # noqa: E402
+from megatron_matpo.weight_sync.transaction import Transaction  # noqa: E402
+from megatron_matpo.weight_sync.transport import Transport  # noqa: E402
 from megatron_matpo.weight_sync.verify import Verifier  # noqa: E402
 from tests.helpers.sglang_servers import SglangServer, sglang_servers  # noqa: E402
 

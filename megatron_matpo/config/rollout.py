@@ -6,6 +6,25 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """How the manager judges engines (docs/fleet.md)."""
+
+    probe_every_s: float = 10.0
+    """Pause between two generation probes of an engine; one that did not answer is asked again
+    after a second."""
+    probe_timeout_s: float = 30.0
+    """Deadline of a probe; a busy engine answers too."""
+    max_failed_probes: int = 3
+    """So many in a row, and the engine is dead: it is asked to be started anew."""
+    max_failed_requests: int = 2
+    """So many in a row, and the engine is suspect: it gets requests when no other can."""
+    recovery_probes: int = 2
+    """So many answered in a row, and a suspect engine is healthy again."""
+    no_engine_timeout_s: float = 900.0
+    """How long generations wait while no engine serves the present weights; then the step fails."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     """Engines and episodes."""
 
@@ -63,5 +82,12 @@ class RolloutConfig:
     """Rounds of replacements in one step; groups that are still uninformative are kept."""
     max_failed_frac: float = 0.25
     """Share of a step's episodes that may be left out; more stops the run."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    max_engine_restarts: int = 3
+    """Restarts of one engine after it was ready, per start of the run. After that the run goes on
+    without it, as long as another is left. 0: an engine that ends ends the run."""
+    restart_backoff_s: float = 2.0
+    """Before the first restart of an engine; doubles with each further one."""
+    restart_backoff_max_s: float = 60.0
     replay: str = ""
     """Folder of recorded `step_N.rollout` files: train on them, start no engine and no manager."""

@@ -22,6 +22,7 @@ from megatron_matpo.config.validate_algo import check_algo, warn_algo
 from megatron_matpo.config.validate_async import check_async
 from megatron_matpo.config.validate_data import warn_data
 from megatron_matpo.config.validate_eval import check_eval
+from megatron_matpo.config.validate_fleet import FLEET_AT_LEAST, FLEET_POSITIVE
 from megatron_matpo.config.validate_lora import check_lora, check_lora_model
 from megatron_matpo.config.validate_placement import check_shared
 from megatron_matpo.config.validate_reward import check_judge_key, check_reward
@@ -117,6 +118,7 @@ _AT_LEAST: dict[str, float] = {
     "doctor.min_allreduce_gb_s": 0,
     "doctor.max_clock_skew_s": 0,
     **TRAIN_AT_LEAST,
+    **FLEET_AT_LEAST,
 }
 # Dotted paths of values that must be greater than 0.
 _POSITIVE = (
@@ -138,6 +140,7 @@ _POSITIVE = (
     "doctor.collective_timeout_s",
     "doctor.disk_test_mib",
     "doctor.allreduce_mib",
+    *FLEET_POSITIVE,
 )
 # Dotted path -> (low, high); both allowed unless the low one is None (then 0 is excluded).
 _BETWEEN: dict[str, tuple[float | None, float]] = {

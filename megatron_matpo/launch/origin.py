@@ -38,6 +38,8 @@ class Death:
     """-N if signal N ended it."""
     time: float
     """Unix time in seconds at which the supervisor saw it."""
+    num_peers: int = 1
+    """The run ends when so many of its kind have ended for good."""
 
 
 @dataclass(frozen=True)

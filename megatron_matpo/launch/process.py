@@ -17,12 +17,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.05
 # Orphans of a role that has already stopped get this long, not the whole grace period.
 _ORPHAN_GRACE_S = 2.0
+
+# A process that waits for a disk does not end at once.
+_SESSION_S = 5.0
 
 # Loaded before any fork: a child must not load libraries between fork and exec.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -90,19 +94,27 @@ def descendants(pid: int) -> list[int]:
     """Living descendants of `pid` (zombies left out), children before grandchildren."""
     table = _process_table()
     children: dict[int, list[int]] = {}
-    for child, (parent, _) in table.items():
-        children.setdefault(parent, []).append(child)
+    for child, entry in table.items():
+        children.setdefault(entry.parent, []).append(child)
     found: list[int] = []
     queue = [pid]
     while queue:
         queue = [child for parent in queue for child in children.get(parent, [])]
         found += queue
-    return [child for child in found if table[child][1] not in "ZX"]
+    return [child for child in found if table[child].state not in "ZX"]
 
 
-def _process_table() -> dict[int, tuple[int, str]]:
-    """Process id -> (parent's id, state letter) of all processes."""
-    table: dict[int, tuple[int, str]] = {}
+class _Entry(NamedTuple):
+    """A process of /proc."""
+
+    parent: int
+    state: str
+    session: int
+
+
+def _process_table() -> dict[int, _Entry]:
+    """All processes by id."""
+    table: dict[int, _Entry] = {}
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
@@ -111,8 +123,8 @@ def _process_table() -> dict[int, tuple[int, str]]:
         except OSError:
             continue
         # The command in parentheses may hold spaces and parentheses itself.
-        state, parent = text.rsplit(")", 1)[1].split()[:2]
-        table[int(entry.name)] = (int(parent), state)
+        state, parent, _, session = text.rsplit(")", 1)[1].split()[:4]
+        table[int(entry.name)] = _Entry(int(parent), state, int(session))
     return table
 
 
@@ -154,10 +166,29 @@ def reap_orphans(children: Sequence[Child]) -> None:
     own = {child.process.pid for child in children}
     for child in children:
         child.process.poll()
-    for pid, (parent, state) in _process_table().items():
-        if parent == os.getpid() and state == "Z" and pid not in own:
+    for pid, entry in _process_table().items():
+        if entry.parent == os.getpid() and entry.state == "Z" and pid not in own:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+
+
+def kill_session(pid: int) -> None:
+    """SIGKILL everything in the session that the child `pid` began; frozen processes end, too.
+
+    A server's own helpers would hold its ports and its memory when it is started anew.
+    """
+    deadline = time.monotonic() + _SESSION_S
+    while time.monotonic() < deadline:
+        living = [
+            number
+            for number, entry in _process_table().items()
+            if entry.session == pid and entry.state not in "ZX"
+        ]
+        if not living:
+            return
+        for number in living:
+            _send(number, signal.SIGKILL)
+        time.sleep(_POLL_S)
 
 
 def _kill_rest(children: Sequence[Child]) -> list[int]:

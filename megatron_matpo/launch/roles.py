@@ -39,6 +39,23 @@ _ENTRIES: dict[Command, str] = {
 
 
 @dataclass(frozen=True)
+class RestartPolicy:
+    """How a role is started anew."""
+
+    max_restarts: int
+    """0: its end ends the run."""
+    backoff_s: float
+    """Before the first restart; doubles with each further one."""
+    backoff_max_s: float
+    num_peers: int
+    """Roles of the kind on all nodes, itself included; the run goes on while one is left."""
+
+    def pause_s(self, num_restarts: int) -> float:
+        """Before the restart that follows `num_restarts` earlier ones."""
+        return min(self.backoff_max_s, self.backoff_s * 2.0**num_restarts)
+
+
+@dataclass(frozen=True)
 class RoleSpec:
     """One process to start and watch."""
 
@@ -56,6 +73,8 @@ class RoleSpec:
     """The run cannot save a checkpoint without it."""
     stop_signal: int = signal.SIGTERM
     """How it is asked to stop."""
+    restarts: RestartPolicy | None = None
+    """How it is started anew when it ends after it was ready; None: its end ends the run."""
 
 
 def plan_roles(
@@ -73,7 +92,11 @@ def plan_roles(
     """
     roles: list[RoleSpec] = []
     if command == "eval" or (command == "train" and not config.rollout.replay):
-        roles += [_engine(config, place, own) for place in plan.engines if place.node == node]
+        roles += [
+            _engine(config, place, own, serves_own_weights=command == "eval")
+            for place in plan.engines
+            if place.node == node
+        ]
         if node == LEADER:
             roles.append(_manager(config, plan, run_dir, own))
     if command == "eval" and node == LEADER:
@@ -84,15 +107,32 @@ def plan_roles(
     return [replace(role, env={**role.env, **settings}) for role in roles]
 
 
-def _engine(config: Config, place: EnginePlace, own: RunSecrets) -> RoleSpec:
+def _engine(
+    config: Config, place: EnginePlace, own: RunSecrets, *, serves_own_weights: bool
+) -> RoleSpec:
     from megatron_matpo.rollout.engine_command import engine_command, engine_spec
 
-    started = engine_command(engine_spec(config, place, own.engine_key))
+    started = engine_command(
+        engine_spec(config, place, own.engine_key, serves_own_weights=serves_own_weights)
+    )
     return RoleSpec(
         name=f"engine-{place.index}",
         argv=tuple(started.argv),
         env={**_environment(config), **started.env},
         is_ready=lambda: engine_generates(place.url, own.engine_key),
+        restarts=_restarts(config),
+    )
+
+
+def _restarts(config: Config) -> RestartPolicy:
+    rollout = config.rollout
+    # The control experiment could not give a new engine the weights that the others keep.
+    can_restart = config.transport != "none" and config.cluster.placement != "colocated"
+    return RestartPolicy(
+        max_restarts=rollout.max_engine_restarts if can_restart else 0,
+        backoff_s=rollout.restart_backoff_s,
+        backoff_max_s=rollout.restart_backoff_max_s,
+        num_peers=rollout.num_servers,
     )
 
 

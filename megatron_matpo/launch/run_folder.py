@@ -22,6 +22,7 @@ from megatron_matpo.errors import ConfigError, MatpoError
 from megatron_matpo.evaluation.inputs import has_results
 from megatron_matpo.launch.torchrun_files import EXITS_FILES
 from megatron_matpo.obs import failure
+from megatron_matpo.obs.restart_request import clear_restart_requests
 from megatron_matpo.obs.status import clear_status
 from megatron_matpo.obs.stop_request import clear_stop_request
 
@@ -56,11 +57,15 @@ CHANGEABLE = (
     "rollout.max_total_tokens",
     "rollout.max_running_requests",
     "rollout.max_concurrent_episodes",
+    "rollout.health.*",
+    "rollout.max_engine_restarts",
+    "rollout.restart_backoff_*",
     "*timeout_s",
     "tools.servers.*.num_processes",
     "tools.servers.*.max_concurrency",
     "weight_sync.bucket_mb",
     "weight_sync.folder",
+    "weight_sync.retries",
     "weight_sync.verify",
     "sft.steps",
     "sft.export",
@@ -130,6 +135,7 @@ def open_run_folder(
     clear_status(path)
     failure.clear(path)
     clear_stop_request(path)
+    clear_restart_requests(path)
     for exits in (path / "status").glob(EXITS_FILES):
         exits.unlink()
     return RunFolder(path, descriptor), is_resumed

@@ -24,6 +24,7 @@ from megatron_matpo.launch.console import Console, View
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.origin import Death, Origin, find_origin
 from megatron_matpo.launch.process import Child, reap_orphans, start, stop_all
+from megatron_matpo.launch.restarts import Restarts
 from megatron_matpo.launch.roles import RoleSpec, trainer_has_begun
 from megatron_matpo.launch.stopping import STOPPED_EARLY, StopSignals
 from megatron_matpo.obs.failure import first_failure, write_reason
@@ -75,6 +76,8 @@ class Supervisor:
         self._children: dict[str, Child] = {}
         self._log_offsets: dict[str, int] = {}
         self._waiting = {role.name: role for role in roles}
+        self._restarts = Restarts(run_dir, roles, console, self._start_role, limits.start_timeout_s)
+        self._lost: list[Death] = []
         self._stop = StopSignals(save_on_stop=limits.save_on_stop)
         self._save_until: float | None = None
         self._reason = ""
@@ -102,13 +105,15 @@ class Supervisor:
     def _start(self) -> int:
         """Start all roles at once: they load in parallel. Returns 0, or the exit code."""
         for role in self._roles:
-            log = self._log(role.name)
             try:
-                self._children[role.name] = start(role.name, role.argv, role.env, log)
+                self._children[role.name] = self._start_role(role)
             except OSError as error:
                 what = f"cannot start {role.argv[0]}: {error.strerror or error}"
                 return self._fail(Origin(role.name, "start", what, role.name))
         return 0
+
+    def _start_role(self, role: RoleSpec) -> Child:
+        return start(role.name, role.argv, role.env, self._log(role.name))
 
     def _watch(self) -> int:
         """Wait until the run is over, well or not."""
@@ -171,7 +176,42 @@ class Supervisor:
             if not (child.exit_code == 0 and roles[child.name].may_end)
             and (self._save_until is None or roles[child.name].is_needed_to_save)
         ]
-        return self._role_ended(bad) if bad else None
+        return self._on_bad_end(bad) if bad else None
+
+    def _on_bad_end(self, ended: Sequence[Child]) -> int | None:
+        """Have engines started anew, as far as their policy goes; what else ends, ends the run."""
+        deaths: list[Death] = []
+        for child in ended:
+            was_ready = child.name not in self._waiting
+            death = None
+            if self._save_until is None:
+                death = self._restarts.on_end(child, was_ready=was_ready)
+            else:
+                death = Death(child.name, child.exit_code or 0, time.time())
+            if death is None or death.num_peers > 1:
+                del self._children[child.name]
+            if death is not None:
+                deaths.append(death)
+        return self._on_deaths(deaths)
+
+    def _on_deaths(self, deaths: Sequence[Death]) -> int | None:
+        """The run is over if one of `deaths` ends it; else it goes on without those engines."""
+        if not deaths:
+            return None
+        self._lost += deaths
+        if any(death.num_peers == 1 for death in deaths):
+            return self._role_ended(deaths)
+        for death in deaths:
+            self._meeting.report_death(death)
+        return self._role_ended(deaths) if self._fatal() else None
+
+    def _fatal(self) -> list[Death]:
+        """Deaths on all nodes that end the run, the earliest first."""
+        known = {death.name: death for death in [*self._lost, *self._meeting.deaths()]}
+        by_time = sorted(known.values(), key=lambda death: death.time)
+        alone = [death for death in by_time if death.num_peers == 1]
+        peers = [death for death in by_time if death.num_peers > 1]
+        return alone or (peers if peers and len(peers) >= peers[0].num_peers else [])
 
     def _finished(self) -> int:
         """The role that ends the run has ended; an early end is not the run's end."""
@@ -188,16 +228,29 @@ class Supervisor:
             return self._role_ended([])
         if not self._probe():
             return self._fail(self._not_ready())
+        if self._save_until is None and (code := self._look_at_engines()) is not None:
+            return code
         self._view.update()
         reap_orphans(list(self._children.values()))
         return self._look_at_nodes()
+
+    def _look_at_engines(self) -> int | None:
+        """Kill what does not answer, and start anew what has ended."""
+        ready = {name: child for name, child in self._children.items() if name not in self._waiting}
+        self._restarts.look(ready)
+        try:
+            for child in self._restarts.start_due():
+                self._children[child.name] = child
+        except OSError as error:
+            return self._fail(Origin("an engine", "restart", f"cannot be started: {error}", ""))
+        return None
 
     def _look_at_nodes(self) -> int | None:
         if not self._meeting.node.is_leader:
             code = self._meeting.over()
             if code is not None:
                 return code
-        elif self._save_until is None and self._meeting.deaths():
+        elif self._save_until is None and self._fatal():
             return self._role_ended([])
         elif gone := self._meeting.gone():
             name = self._meeting.name_of(gone.node)
@@ -231,10 +284,8 @@ class Supervisor:
         failure = first_failure(self._run_dir)
         return failure is not None and time.time() - failure.time > _LINGER_S
 
-    def _role_ended(self, ended: Sequence[Child]) -> int:
+    def _role_ended(self, deaths: Sequence[Death]) -> int:
         """A role has stopped or failed; give its peers a moment, then name the origin."""
-        now = time.time()
-        deaths = [Death(child.name, child.exit_code or 0, now) for child in ended]
         for death in deaths:
             self._meeting.report_death(death)
         if not self._meeting.node.is_leader:
@@ -244,9 +295,7 @@ class Supervisor:
         while time.monotonic() < deadline and first_failure(self._run_dir) is None:
             time.sleep(_POLL_S)
         self._view.update()
-        known = {death.name: death for death in [*deaths, *self._meeting.deaths()]}
-        by_time = sorted(known.values(), key=lambda death: death.time)
-        origin = find_origin(self._run_dir, by_time)
+        origin = find_origin(self._run_dir, self._fatal())
         assert origin is not None, "called because something failed"
         return self._fail(origin)
 
@@ -265,7 +314,9 @@ class Supervisor:
         return self._fail(origin)
 
     def _fail(self, origin: Origin) -> int:
-        skip_bytes = self._log_offsets.get(origin.log_name, 0)
+        skip_bytes = self._restarts.log_offset(origin.log_name)
+        if skip_bytes is None:
+            skip_bytes = self._log_offsets.get(origin.log_name, 0)
         elapsed = format_duration(time.monotonic() - self._started_at)
         self._reason = f"{origin.name}: {origin.what}"
         with contextlib.suppress(OSError):  # a full disk is a failure to be told, too

@@ -148,8 +148,18 @@ def _kv_tokens(spec: EngineSpec) -> int:
     return spec.max_running_requests * spec.context_length
 
 
-def engine_spec(config: Config, place: EnginePlace, key: str) -> EngineSpec:
-    """The server that the plan puts at `place`; it listens on that address only."""
+UNPUSHED = "unpushed"
+"""Weight version of an engine before the trainer's first push: no number, so that a new start is
+told from the one before, and that no token of its own weights is ever taken."""
+
+
+def engine_spec(
+    config: Config, place: EnginePlace, key: str, *, serves_own_weights: bool
+) -> EngineSpec:
+    """The server that the plan puts at `place`; it listens on that address only.
+
+    `serves_own_weights`: no trainer pushes; what the engine loads is version 0.
+    """
     is_cpu = config.cluster.device == "cpu"
     return EngineSpec(
         python=config.rollout.python,
@@ -169,5 +179,6 @@ def engine_spec(config: Config, place: EnginePlace, key: str) -> EngineSpec:
         # Engines with one seed would answer the same prompt with the same samples.
         seed=config.run.seed + place.index,
         gives_memory_back=config.cluster.placement == "colocated",
+        weight_version="0" if serves_own_weights else UNPUSHED,
         extra_args=tuple(config.rollout.engine_args),
     )

@@ -31,9 +31,11 @@ from megatron_matpo.data.tokenizer import Tokenizer
 from megatron_matpo.errors import ConfigError, MatpoError, RolloutError
 from megatron_matpo.mcp_tools.toolbox import open_tool_box
 from megatron_matpo.obs.failure import record_failure
+from megatron_matpo.obs.restart_request import request_restart
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.rollout.engine_client import EngineClient
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.rollout.server import ManagerServer
@@ -69,28 +71,46 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
         server.detail = "starting tool servers"
         opening = open_tool_box(config.tools, run_dir / "logs", cache)
         tools = await stack.enter_async_context(opening)
-        router = await _connect(config, plan, engine_key, chat, stack)
+        engines = _connect(config, plan, engine_key, stack)
+        fleet = _fleet_of(engines, config, run_dir)
+        router = _router_of(engines, fleet, config, chat)
         manager = RolloutManager(config, router.sampler, tools, chat, questions, judge, router)
         stack.push_async_callback(manager.close)
         stack.push_async_callback(server.close)  # requests end before what they use
         num_questions = sum(map(len, questions.values()))
-        detail = f"{num_questions} questions, {router.num_engines} engines"
-        server.set_ready(manager, detail)
+        detail = f"{num_questions} questions, {len(engines)} engines"
+        server.set_ready(manager, fleet, detail)
         _log.info("ready: %s", detail)
-        await asyncio.Event().wait()
+        await fleet.run()
 
 
-async def _connect(
-    config: Config, plan: Plan, engine_key: str, chat: Chat, stack: AsyncExitStack
-) -> Router[SamplingParams]:
+def _connect(
+    config: Config, plan: Plan, engine_key: str, stack: AsyncExitStack
+) -> list[EngineClient]:
     """A client for every engine of the plan."""
-    rollout = config.rollout
-    limit = rollout.request_timeout_s
+    limit = config.rollout.request_timeout_s
     engines = [
         EngineClient(place.url, engine_key, request_timeout_s=limit) for place in plan.engines
     ]
     for engine in engines:
         stack.push_async_callback(engine.close)
+    return engines
+
+
+def _fleet_of(engines: Sequence[EngineClient], config: Config, run_dir: Path) -> Fleet:
+    return Fleet(
+        engines,
+        config.rollout.health,
+        # `matpo eval` has no training rows: its engines serve the model folder.
+        has_trainer=bool(config.data.train),
+        ask_restart=lambda index, why: request_restart(run_dir, f"engine-{index}", why),
+    )
+
+
+def _router_of(
+    engines: Sequence[EngineClient], fleet: Fleet, config: Config, chat: Chat
+) -> Router[SamplingParams]:
+    rollout = config.rollout
 
     # The engine ends with the model's own, too; a turn in pieces must know all of them.
     stop_token_ids = (*{chat.end_of_turn_id, *end_token_ids(config.model.path)},)
@@ -105,7 +125,7 @@ async def _connect(
             stream_every=rollout.stream_tokens,
         )
 
-    return Router(engines, params_for, stop_token_ids)
+    return Router(engines, params_for, stop_token_ids, fleet=fleet)
 
 
 def load_questions(config: Config) -> dict[str, list[Question]]:

@@ -4,7 +4,9 @@ Invariants:
 
 * turns of one conversation go to one engine (its prefix cache holds the context); a new
   conversation goes to the engine with the fewest requests in flight;
-* a request that an engine fails is tried once on every other engine; then the error stands;
+* only engines that the fleet calls routable get requests; without one they wait for it;
+* a request that an engine fails is tried once on every other one, and again on one that was
+  started anew; then the error stands;
 * a turn that an engine ends early (paused for new weights, or failed) goes on from its tokens, on
   the same engine if it only paused;
 * tokens of a policy version that was not asked for are never handed on.
@@ -14,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -23,13 +24,12 @@ from megatron_matpo.agents.sampling import Sampled
 from megatron_matpo.errors import EngineError, EngineRejected
 from megatron_matpo.obs.spans import note
 from megatron_matpo.rollout.continuation import Continuation
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import ABORT, BrokenGeneration, Generation
 from megatron_matpo.types import PolicyVersion
 
 _log = logging.getLogger(__name__)
 
-# After a failure an engine gets new conversations only if no other engine is left.
-_SUSPECT_S = 10.0
 _FINISHED = ("stop", "length", ABORT)
 # A paused engine holds requests back instead of ending them again and again; one that ends this
 # many in a row without a token is broken.
@@ -37,6 +37,8 @@ _MAX_EMPTY = 8
 # Before a turn that was ended is sent again: the engine that ended it is about to pause.
 _RESEND_S = 0.25
 
+Starts = set[tuple[int, int]]
+"""(engine, its incarnation)"""
 Params = TypeVar("Params", contravariant=True)
 
 
@@ -63,7 +65,6 @@ class _State(Generic[Params]):
 
     engine: Engine[Params]
     num_in_flight: int = 0
-    suspect_until: float = 0.0
 
 
 class Router(Generic[Params]):
@@ -74,18 +75,19 @@ class Router(Generic[Params]):
         engines: Sequence[Engine[Params]],
         params_for: Callable[[int], Params],
         stop_token_ids: Sequence[int] = (),
-        clock: Callable[[], float] = time.monotonic,
+        *,
+        fleet: Fleet,
     ) -> None:
         """`params_for(max_tokens)` makes the sampling parameters of one request.
 
-        `stop_token_ids` are all that end a turn, those of the model included.
+        `stop_token_ids` are all that end a turn, those of the model included. `fleet` knows which
+        of the `engines` may be asked.
         """
+        self._fleet = fleet
         self._states = [_State(engine) for engine in engines]
         self._params_for = params_for
         self.stop_token_ids = stop_token_ids
-        self._clock = clock
-        self.newest: PolicyVersion = 0
-        """The newest version that any engine may serve (see `follower`)."""
+        self._expected: PolicyVersion = 0
         self.num_continued = 0
         """Turns that were sampled in more than one piece."""
 
@@ -96,7 +98,7 @@ class Router(Generic[Params]):
 
     def expect(self, version: PolicyVersion) -> None:
         """From now on an engine may serve up to `version`."""
-        self.newest = max(self.newest, version)
+        self._expected = max(self._expected, version)
 
     def follower(self) -> StepSampler[Params]:
         """The policy as it is when it samples, for the episodes of one group.
@@ -105,26 +107,35 @@ class Router(Generic[Params]):
         """
         return StepSampler(self, None)
 
-    def pick(self, tried: Sequence[int]) -> int:
-        """Index of the engine for a new conversation; engines in `tried` are left out."""
-        now = self._clock()
-        left = [index for index in range(len(self._states)) if index not in tried]
-        return min(
-            left,
-            key=lambda index: (
-                self._states[index].suspect_until > now,
-                self._states[index].num_in_flight,
-            ),
-        )
-
-    def is_suspect(self, index: int) -> bool:
-        """The engine failed a moment ago."""
-        return self._states[index].suspect_until > self._clock()
-
     @property
-    def num_engines(self) -> int:
-        """Number of engines."""
-        return len(self._states)
+    def newest(self) -> PolicyVersion:
+        """The newest version that any engine may serve (see `follower`)."""
+        return max(self._expected, self._fleet.present)
+
+    async def engine_for(
+        self, wanted: int | None, failed: Starts, last: EngineError | None
+    ) -> tuple[int, int]:
+        """The engine of the next request: `wanted` if it may be asked, else the least loaded.
+
+        Returns:
+            Its index, and which start of it.
+
+        Raises:
+            EngineError: `last`; every engine is among `failed`, and none of them is dead.
+        """
+        has_settled = False
+        while True:
+            routable = await self._fleet.wait_routable()
+            starts = [(index, self._fleet.incarnation(index)) for index in routable]
+            left = [start for start in starts if start not in failed]
+            if left:
+                load = {index: state.num_in_flight for index, state in enumerate(self._states)}
+                return min(left, key=lambda start: (start[0] != wanted, load[start[0]]))
+            assert last is not None, "none has failed, and none is left"
+            if has_settled:
+                raise last
+            await self._fleet.settled(routable)
+            has_settled = True
 
     async def generate(
         self, index: int, ids: Sequence[int], max_tokens: int, version: PolicyVersion | None
@@ -137,14 +148,16 @@ class Router(Generic[Params]):
         state = self._states[index]
         state.num_in_flight += 1
         try:
-            sampled = await state.engine.generate(ids, self._params_for(max_tokens))
+            request = state.engine.generate(ids, self._params_for(max_tokens))
+            sampled = await self._fleet.guarded(index, request)
             self._check(state.engine.url, sampled, version)
+            self._fleet.served(index)
         except BrokenGeneration as error:
-            state.suspect_until = self._clock() + _SUSPECT_S
+            self._fleet.failed(index, error)
             self._check(state.engine.url, error.sampled, version)
             raise
-        except EngineError:
-            state.suspect_until = self._clock() + _SUSPECT_S
+        except EngineError as error:
+            self._fleet.failed(index, error)
             raise
         finally:
             state.num_in_flight -= 1
@@ -186,13 +199,16 @@ class StepSampler(Generic[Params]):
         self._engine_of: dict[str, int] = {}
 
     async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Generation:
-        """As `Sampler.sample`; after a failure tries every other engine once."""
+        """As `Sampler.sample`; after a failure tries every other start of an engine once."""
         turn = Continuation(max_tokens, self._router.stop_token_ids)
-        tried: list[int] = []
+        failed: Starts = set()
+        last: EngineError | None = None
         num_empty = 0
         while True:
-            index = self._engine_for(conversation_id, tried)
-            note(engine=index, engines_tried=len(tried) + 1)
+            wanted = self._engine_of.get(conversation_id)
+            start = await self._router.engine_for(wanted, failed, last)
+            index = self._engine_of[conversation_id] = start[0]
+            note(engine=index, engines_tried=len(failed) + 1)
             try:
                 piece = await self._router.generate(
                     index, turn.context(ids), turn.num_left, self._version
@@ -205,20 +221,10 @@ class StepSampler(Generic[Params]):
                     await asyncio.sleep(_RESEND_S)
             except EngineError as error:
                 ended = turn.add(error.sampled) if isinstance(error, BrokenGeneration) else ABORT
-                tried.append(index)
-                num_empty = 0
-                if ended == ABORT and len(tried) == self._router.num_engines:
-                    raise
+                failed.add(start)
+                last, num_empty = error, 0
                 _log.warning("%s; going on with another engine", error)
             if ended != ABORT:
                 self._router.num_continued += turn.num_pieces > 1
                 note(pieces=turn.num_pieces)
                 return turn.result(ended)
-
-    def _engine_for(self, conversation_id: str, tried: Sequence[int]) -> int:
-        """The conversation's engine, or another one after a failure."""
-        index = self._engine_of.get(conversation_id)
-        if index is None or index in tried or self._router.is_suspect(index):
-            index = self._router.pick(tried)
-            self._engine_of[conversation_id] = index
-        return index

@@ -16,11 +16,13 @@ from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.config.plan import Plan
 from megatron_matpo.megatron.actor import MegatronActor
 from megatron_matpo.megatron.parallel import ParallelState
+from megatron_matpo.rollout.client import ManagerClient
 from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.trainer.actor import build_actor, form_groups
 from megatron_matpo.trainer.clock import Clock
 from megatron_matpo.trainer.device_memory import device_memory
 from megatron_matpo.trainer.learner import PolicyLearner
+from megatron_matpo.trainer.membership import ManagerMembership
 from megatron_matpo.trainer.placement import Apart, InTurns
 from megatron_matpo.trainer.rollouts import ManagerRollouts, ReplayRollouts, Rollouts, share_bytes
 from megatron_matpo.trainer.run import Run, RunLog, WeightSync
@@ -28,7 +30,9 @@ from megatron_matpo.trainer.stopping import is_stop_agreed
 from megatron_matpo.trainer.throughput import Throughput
 from megatron_matpo.trainer.transports import build_transport, keeps_cache, writers_on_devices
 from megatron_matpo.weight_sync.layout import EngineShape
-from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
+from megatron_matpo.weight_sync.membership import Recovery
+from megatron_matpo.weight_sync.transaction import Transaction
+from megatron_matpo.weight_sync.unpushed import NoEngines, PushOnce
 from megatron_matpo.weight_sync.verify import Verifier
 
 SHARE_SLACK_S = 60.0
@@ -39,9 +43,14 @@ def build_run(config: Config, run_dir: Path, clock: Clock) -> Run:
     """Form the process groups, build the model, and connect the parts. All ranks call."""
     state = form_groups(config, clock)
     plan = Plan.from_json((run_dir / "plan.json").read_text())
-    rollouts = _build_rollouts(config, plan, state, run_dir)
+    # A group of its own: ranks wait here for a whole rollout, far longer than any collective of
+    # the training step may take. gloo, because the bytes are on the host.
+    waiting_s = config.rollout.step_timeout_s + SHARE_SLACK_S
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s))
+    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
     # The actor comes last: colocated engines give their memory back before its model takes it.
-    sync = build_sync(config, plan, lambda: actor, state, run_dir)
+    sync = build_sync(config, plan, lambda: actor, state, run_dir, group)
+    rollouts = _build_rollouts(config, plan, state, run_dir, group, sync)
     placement = Apart()
     if config.cluster.placement == "colocated" and isinstance(sync, Transaction):
         shared = {rank for ranks in writers_on_devices(plan).values() for rank in ranks}
@@ -82,23 +91,37 @@ def _meeting(config: Config) -> Callable[[], None]:
     return meet
 
 
-def _build_rollouts(config: Config, plan: Plan, state: ParallelState, run_dir: Path) -> Rollouts:
-    # A group of its own: ranks wait here for a whole rollout, far longer than any collective of
-    # the training step may take. gloo, because the bytes are on the host.
-    waiting_s = config.rollout.step_timeout_s + SHARE_SLACK_S
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=waiting_s))
-    assert isinstance(group, dist.ProcessGroup), "every rank is a member"
+def _build_rollouts(
+    config: Config,
+    plan: Plan,
+    state: ParallelState,
+    run_dir: Path,
+    group: dist.ProcessGroup,
+    sync: WeightSync,
+) -> Rollouts:
     if config.rollout.replay:
         return ReplayRollouts(config.rollout.replay, partial(is_stop_agreed, run_dir, group))
     return ManagerRollouts(
         config.rollout,
-        plan.manager_url,
-        os.environ["MATPO_RUN_TOKEN"],
-        partial(share_bytes, group=group, device=torch.device("cpu")),
+        _manager_client(config, plan),
+        _share_over(group),
         run_dir,
         is_first_rank=state.rank == 0,
-        start_timeout_s=config.run.start_timeout_s,
+        refit=sync.refit,
     )
+
+
+def _manager_client(config: Config, plan: Plan) -> ManagerClient:
+    return ManagerClient(
+        plan.manager_url,
+        os.environ["MATPO_RUN_TOKEN"],
+        start_timeout_s=config.run.start_timeout_s,
+        step_timeout_s=config.rollout.step_timeout_s,
+    )
+
+
+def _share_over(group: dist.ProcessGroup) -> Callable[[bytes | None], bytes]:
+    return partial(share_bytes, group=group, device=torch.device("cpu"))
 
 
 def build_sync(
@@ -107,6 +130,7 @@ def build_sync(
     actor: Callable[[], MegatronActor],
     state: ParallelState,
     run_dir: Path,
+    group: dist.ProcessGroup,
 ) -> WeightSync:
     """What keeps the engines on the weights of `actor()`, which is asked for at the first push."""
     if config.rollout.replay:
@@ -131,5 +155,22 @@ def build_sync(
         timeout_s=config.weight_sync.timeout_s,
         start_timeout_s=config.run.start_timeout_s,
         pause_mode="in_place" if keeps_cache(config) else "abort",
+        recovery=Recovery(
+            ManagerMembership(_manager_client(config, plan)),
+            _share_over(group),
+            _retries(config),
+            config.weight_sync.answer_timeout_s,
+        ),
     )
     return PushOnce(sync) if config.transport == "none" else sync
+
+
+def _retries(config: Config) -> int:
+    """How often a push may be tried again.
+
+    Not by colocated engines: what they hold is one state for all. Nor with pipeline stages that
+    send themselves: after a failure an answer to an earlier question may still be on its way.
+    """
+    by_stage = config.transport in ("broadcast", "none") and config.parallel.pipeline > 1
+    is_shared = config.cluster.placement == "colocated"
+    return 0 if by_stage or is_shared else config.weight_sync.retries

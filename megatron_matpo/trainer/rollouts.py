@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,15 @@ from torch import distributed as dist
 from megatron_matpo.checkpoint_files import IN_FLIGHT
 from megatron_matpo.config.rollout import RolloutConfig
 from megatron_matpo.errors import DataError
-from megatron_matpo.rollout.client import ManagerClient
+from megatron_matpo.rollout.client import ManagerClient, RefitWanted
 from megatron_matpo.trainer.stopping import StopRequested, result_or_stop
 from megatron_matpo.types import PolicyVersion, RolloutBatch
 from megatron_matpo.wire import decode, recording_path
 
 _STOP = b""
 """What rank 0 shares in place of a batch when the run is asked to end."""
+_REFIT = b"refit"
+"""And when an engine waits for weights."""
 
 
 class Rollouts(Protocol):
@@ -56,24 +59,20 @@ class ManagerRollouts:
     def __init__(
         self,
         config: RolloutConfig,
-        url: str,
-        token: str,
+        client: ManagerClient,
         share: Callable[[bytes | None], bytes],
         run_dir: Path,
         *,
         is_first_rank: bool,
-        start_timeout_s: float,
+        refit: Callable[[PolicyVersion], None],
     ) -> None:
         """`share` broadcasts rank 0's bytes to all ranks (see `share_bytes`).
 
-        A stop is requested in `run_dir`.
+        A stop is requested in `run_dir`. `refit` gives weights to engines that wait for them; all
+        ranks call it.
         """
-        self._client = ManagerClient(
-            url,
-            token,
-            start_timeout_s=start_timeout_s,
-            step_timeout_s=config.step_timeout_s,
-        )
+        self._client, self._step_timeout_s = client, config.step_timeout_s
+        self._refit = refit
         self._share, self._run_dir = share, run_dir
         self._is_first_rank = is_first_rank
         self._outlive = config.max_staleness > 0 or config.over_sample > 0
@@ -83,7 +82,7 @@ class ManagerRollouts:
         """Wait until the manager and its tool servers are ready (rank 0; elsewhere nothing).
 
         Raises:
-            DeadlineError: `start_timeout_s` passed.
+            DeadlineError: `run.start_timeout_s` passed.
         """
         if self._is_first_rank:
             self._client.wait_ready()
@@ -116,16 +115,28 @@ class ManagerRollouts:
 
         Raises:
             RolloutError: the manager reports that the step failed, or cannot be reached.
+            WeightSyncError: an engine that was started anew cannot take the weights.
             DeadlineError: `rollout.step_timeout_s` passed.
         """
-        data = None
-        if self._is_first_rank:
-            ask = partial(self._client.collect, step, version, split, position=position)
-            data = result_or_stop(ask, self._run_dir) or _STOP
-        shared = self._share(data)
-        if shared == _STOP:
-            raise StopRequested
-        return decode(shared, f"rollout batch of step {step}")
+        end = time.monotonic() + self._step_timeout_s
+        while True:
+            data = None
+            if self._is_first_rank:
+                left_s = max(0.1, end - time.monotonic())
+                ask = partial(
+                    self._client.collect, step, version, split, position=position, limit_s=left_s
+                )
+                try:
+                    data = result_or_stop(ask, self._run_dir) or _STOP
+                except RefitWanted:
+                    data = _REFIT
+            shared = self._share(data)
+            if shared == _STOP:
+                raise StopRequested
+            if shared != _REFIT:
+                return decode(shared, f"rollout batch of step {step}")
+            # Episodes go on meanwhile, on the engines that have the weights.
+            self._refit(version)
 
 
 class ReplayRollouts:

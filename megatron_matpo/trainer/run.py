@@ -54,6 +54,10 @@ class WeightSync(Protocol):
         """`sync/...` of the last push, on the logging rank; nothing if it sent nothing."""
         ...
 
+    def refit(self, version: PolicyVersion) -> None:
+        """Give the weights to engines that were started anew; the others serve on."""
+        ...
+
     def close(self) -> None:
         """Release connections."""
         ...

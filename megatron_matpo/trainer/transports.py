@@ -18,7 +18,7 @@ from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.ipc import IpcTransport, TrainerRanks
 from megatron_matpo.weight_sync.shared_buffers import DeviceBuffer, HostBuffer
 from megatron_matpo.weight_sync.stages import LocalStage, RemoteStage, StageFollower
-from megatron_matpo.weight_sync.transaction import Export, Transport
+from megatron_matpo.weight_sync.transport import Export, Transport
 from megatron_matpo.weight_sync.verify import Verifier
 
 

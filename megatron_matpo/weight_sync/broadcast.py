@@ -67,16 +67,17 @@ class BroadcastTransport:
         self._others = others
         self._stages: Sequence[Stage] = (self._local, *others)
         self._follow = follow
-        # Unique, so that a second attempt never meets the keys or the group of a failed one.
-        self._group_name = f"matpo_weights_{secrets.token_hex(4)}"
+        self._group_name = ""
         self._first: Bucket | None = None
 
     async def connect(self, engines: Engines) -> None:
-        """Form the groups with all engines, one after another.
+        """Form the groups with these engines, one after another; those before are left.
 
         Raises:
             WeightSyncError: an engine refused to join, or did not come inside the deadline.
         """
+        # Unique, so that a second attempt never meets the keys or the group of a failed one.
+        self._group_name = f"matpo_weights_{secrets.token_hex(4)}"
         for number, stage in enumerate(self._stages):
             meeting = Meeting(
                 host=self._host,
@@ -140,6 +141,11 @@ class BroadcastTransport:
             at, bucket = upcoming.result()
         await engines.together(f"bucket {index - 1}, the last one", before)
         return num_bytes
+
+    async def abandon(self) -> None:
+        """Leave the group, and see the export to its end; other senders have been told to."""
+        self._first = None
+        await self._local.abandon()
 
     def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """See `Transport.follow`."""

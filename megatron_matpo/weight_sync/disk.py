@@ -54,6 +54,7 @@ class DiskTransport:
         try:
             # Not in another thread: there is nothing to do beside it, and the export's collectives
             # stay in this one.
+            shutil.rmtree(self._path(version), ignore_errors=True)  # of an earlier attempt
             self._write(self._path(version), tensors)
         except OSError as error:
             raise WeightSyncError(f"writing {self._path(version)}: {error}") from error
@@ -84,6 +85,9 @@ class DiskTransport:
         """A push on a rank other than 0: only take part in the export."""
         for _ in tensors:
             pass
+
+    async def abandon(self) -> None:
+        """Nothing is under way: the export ended in `prepare`."""
 
     async def close(self) -> None:
         """Leave nothing on the disk: checkpoints hold the weights."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Literal, Protocol, TypeVar, cast
 
-from megatron_matpo.errors import EngineError, WeightSyncError
+from megatron_matpo.errors import EngineError, EngineRejected, WeightSyncError
 
 T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
@@ -100,6 +100,10 @@ class EngineControl(Protocol):
         """Make it take that again, empty."""
         ...
 
+    async def flush_cache(self, *, deadline_s: float) -> None:
+        """Forget cached prefixes; the scheduler itself answers, be it with a refusal."""
+        ...
+
     async def weight_version(self, *, deadline_s: float) -> str:
         """The version that the engine says it serves."""
         ...
@@ -114,10 +118,20 @@ class EngineControl(Protocol):
 
 
 class Engines:
-    """All engines of a run, asked together."""
+    """Engines of a run, asked together."""
 
-    def __init__(self, clients: Sequence[EngineControl], timeout_s: float) -> None:
-        """Keep the clients; `timeout_s` is `weight_sync.timeout_s`."""
+    def __init__(
+        self,
+        clients: Sequence[EngineControl],
+        timeout_s: float,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        """Keep the clients; `timeout_s` is `weight_sync.timeout_s`.
+
+        `indices` are their places in the plan; None: they are all engines.
+        """
+        self.indices = list(range(len(clients))) if indices is None else list(indices)
+        assert len(self.indices) == len(clients)
         assert len({engine.url for engine in clients}) == len(clients), "errors name the URL"
         self.clients = clients
         self.timeout_s = timeout_s
@@ -170,6 +184,41 @@ class Engines:
             # Their errors are in ours; an exception that nobody took would be logged again.
             await asyncio.gather(*names, return_exceptions=True)
             raise
+
+    async def silent(self, answer_timeout_s: float) -> dict[int, str]:
+        """Engines (by their places in the plan) whose scheduler does not answer, and why.
+
+        Whoever is stuck in a collective does not; an HTTP server alone is not enough.
+        """
+        return await self.unwilling(
+            lambda engine: engine.flush_cache(deadline_s=answer_timeout_s + SLACK_S),
+            answer_timeout_s,
+            refusal_is_fine=True,
+        )
+
+    async def unwilling(
+        self,
+        ask: Callable[[EngineControl], Awaitable[None]],
+        answer_timeout_s: float,
+        *,
+        refusal_is_fine: bool = False,
+    ) -> dict[int, str]:
+        """Engines, by their places in the plan, that do not do what is asked in time, and why."""
+
+        async def one(engine: EngineControl) -> str:
+            try:
+                async with asyncio.timeout(answer_timeout_s):
+                    await ask(engine)
+            except EngineRejected as error:
+                return "" if refusal_is_fine else str(error)
+            except TimeoutError:
+                return f"no answer inside weight_sync.answer_timeout_s={answer_timeout_s:g}"
+            except EngineError as error:
+                return str(error)
+            return ""
+
+        reasons = await asyncio.gather(*(one(engine) for engine in self.clients))
+        return {i: reason for i, reason in zip(self.indices, reasons, strict=True) if reason}
 
     async def describe(self) -> str:
         """What every engine says of itself, for the error of a failed push; takes `BLAME_S`."""

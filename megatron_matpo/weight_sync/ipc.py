@@ -144,6 +144,17 @@ class IpcTransport:
             pass
         self._rest()
 
+    async def abandon(self) -> None:
+        """See the export to its end: every rank that writes waits for the others in it."""
+        self._first = None
+
+        def finish() -> None:
+            for _ in self._buckets:
+                pass
+            self._rest()
+
+        await asyncio.get_running_loop().run_in_executor(self._exporter, finish)
+
     async def close(self) -> None:
         """Free the buffers and end the exporting thread once it is idle."""
         self._exporter.shutdown(wait=False, cancel_futures=True)

@@ -19,11 +19,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from megatron_matpo.errors import WeightSyncError
 from megatron_matpo.weight_sync.buckets import Bucket, make_buckets
 from megatron_matpo.weight_sync.engines import BLAME_S, SLACK_S
-from megatron_matpo.weight_sync.group import form_group
+from megatron_matpo.weight_sync.group import form_group, leave_group, open_store
 from megatron_matpo.weight_sync.verify import Verifier
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class LocalStage:
         """Nothing is formed before `form`; `flat`: buckets are."""
         self.who = f"trainer rank {rank}"
         self._rank, self._bucket_bytes, self._flat = rank, bucket_bytes, flat
+        self._store: c10d.Store | None = None
         self._group: dist.ProcessGroup | None = None
         # One thread: the export is a sequence of collectives, whose order must not change.
         self._exporter = ThreadPoolExecutor(1, "weight-export", use_device_of_this_thread())
@@ -78,7 +80,15 @@ class LocalStage:
         self._unsent: list[Bucket] = []
 
     async def form(self, meeting: Meeting) -> None:
-        """See `Stage.form`; rank 0 serves the store."""
+        """See `Stage.form`; rank 0 serves the store. The group before is left."""
+        self.leave()
+        if self._store is None:
+            host, port, limit_s = meeting.host, meeting.port, meeting.timeout_s
+            is_master = self._rank == 0
+            self._store = await in_daemon_thread(
+                lambda: open_store(host, port, limit_s, is_master=is_master)
+            )
+        store = self._store
         self._group = await in_daemon_thread(
             lambda: form_group(
                 host=meeting.host,
@@ -87,7 +97,7 @@ class LocalStage:
                 backend=meeting.backend,
                 name=meeting.name,
                 timeout_s=meeting.timeout_s,
-                hosts_store=self._rank == 0,
+                store=store,
             )
         )
 
@@ -115,6 +125,23 @@ class LocalStage:
             while not work.is_completed():
                 await asyncio.sleep(POLL_S)
             work.wait()
+
+    def leave(self) -> None:
+        """Leave the group, which may be broken."""
+        group, self._group = self._group, None
+        if group is not None:
+            # On GPUs it may wait for work that never ends.
+            in_daemon_thread(lambda: leave_group(group))
+
+    async def abandon(self) -> None:
+        """Leave the group, and see the export to its end.
+
+        Engines that wait in the group get an error, unless they wait for another one of them.
+        """
+        self.leave()
+        self._unsent = []
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._exporter, _exhaust, self._buckets)
 
     def close(self) -> None:
         """End the exporting thread once it is idle."""
@@ -213,9 +240,17 @@ class StageFollower:
 
         Raises:
             WeightSyncError: a verb failed or took too long, the push failed elsewhere, or rank 0
-                is gone.
+                is gone. The export has ended then.
         """
-        asyncio.run(self._serve(tensors))
+        asyncio.run(self._serve_or_end(tensors))
+
+    async def _serve_or_end(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        try:
+            await self._serve(tensors)
+        except WeightSyncError:
+            # Its collectives are those of other ranks, too.
+            await self._stage.abandon()
+            raise
 
     async def _serve(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         self._stage.begin(self._verifier.watch(tensors))
@@ -287,6 +322,11 @@ class StageFollower:
             return request
 
         return asyncio.ensure_future(hear())
+
+
+def _exhaust(buckets: Iterator[Bucket]) -> None:
+    for _ in buckets:
+        pass
 
 
 def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:

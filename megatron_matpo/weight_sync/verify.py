@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Verifier:
-    """`weight_sync.verify`: `full`, `sample` or `version`. The first push is never sampled."""
+    """`weight_sync.verify`: `full`, `sample` or `version`. First weights are compared whole."""
 
     def __init__(self, mode: str, shape: EngineShape, *, on_gpu: bool) -> None:
         """Engines of `shape`; `on_gpu` tells which checksum theirs is."""
@@ -34,6 +34,7 @@ class Verifier:
         self._checksum = device_checksum if on_gpu else host_checksum
         self._expected: dict[str, list[str]] = {}
         self._num_pushes = 0
+        self._is_first = False
 
     @property
     def expected(self) -> dict[str, list[str]]:
@@ -44,10 +45,16 @@ class Verifier:
         """Also compare what another rank sends."""
         self._expected |= others
 
+    def compare_all(self) -> None:
+        """Of the next push: an engine gets its first weights. All ranks that send call."""
+        self._is_first = True
+
     def watch(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """Pass the tensors of a push on, and note the checksums that engines must report."""
         self._expected = {}
         self._num_pushes += 1
+        is_whole = self._mode == "full" or self._is_first or self._num_pushes == 1
+        self._is_first = False
         if self._mode == "version":
             yield from tensors
             return
@@ -55,12 +62,10 @@ class Verifier:
         for name, tensor in tensors:
             yield name, tensor
             for engine_name, parts in layout.take(name, tensor):
-                if self._is_due(engine_name):
+                if is_whole or self._is_due(engine_name):
                     self._expected[engine_name] = [self._checksum(part) for part in parts]
 
     def _is_due(self, engine_name: str) -> bool:
-        if self._mode == "full" or self._num_pushes == 1:
-            return True
         place = (zlib.crc32(engine_name.encode()) + self._num_pushes) % SAMPLE_PUSHES
         return place == 0
 

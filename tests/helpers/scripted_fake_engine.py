@@ -98,6 +98,9 @@ class ScriptedFakeEngine:
         await self._enter("take " + "+".join(tags))
         self.released -= set(tags)
 
+    async def flush_cache(self, *, deadline_s):
+        await self._enter("flush")
+
     async def weight_version(self, *, deadline_s):
         await self._enter("version")
         return self.version

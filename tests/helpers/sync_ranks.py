@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
+from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from megatron_matpo.config import Config
 from megatron_matpo.config.hf_model import HfModelConfig
 from megatron_matpo.errors import EngineRejected, WeightSyncError
+from megatron_matpo.trainer.rollouts import share_bytes
 from megatron_matpo.trainer.transports import form_senders
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.layout import EngineShape
+from megatron_matpo.weight_sync.membership import FixedMembership, Recovery
 from megatron_matpo.weight_sync.stages import LocalStage
 from megatron_matpo.weight_sync.transaction import Transaction
 from megatron_matpo.weight_sync.verify import Verifier
@@ -87,8 +92,16 @@ def push_from_stages(
                     raise RuntimeError("no memory for a scripted reason")
                 yield item
 
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+        agree = partial(share_bytes, group=group, device=torch.device("cpu"))
         sync = Transaction(
-            lend, engines, transport, verifier, timeout_s=timeout_s, start_timeout_s=60.0
+            lend,
+            engines,
+            transport,
+            verifier,
+            timeout_s=timeout_s,
+            start_timeout_s=60.0,
+            recovery=Recovery(FixedMembership(1), agree),
         )
         started = time.monotonic()
         try:

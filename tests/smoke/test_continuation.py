@@ -11,6 +11,7 @@ import json
 import signal
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_matpo.errors import EngineRejected
 from megatron_matpo.rollout.engine_client import EngineClient
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.rollout.sglang_router.process import sglang_router
@@ -75,8 +77,11 @@ def converse(
 
     async def run() -> list[Generation]:
         engines = [server.client(LIMIT_S) for server in site.servers]
-        router = Router(engines, lambda left: SamplingParams(left, stream_every=8))
-        router.newest = 1
+        fleet = Fleet.unwatched([engine.url for engine in engines])
+        fleet.refit_began([0, 1])
+        fleet.refitted(1, [0, 1])
+        params_for = partial(SamplingParams, stream_every=8)
+        router = Router(engines, params_for, fleet=fleet)
         sampler = router.follower()
         try:
             turns = [

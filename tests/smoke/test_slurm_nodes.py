@@ -84,6 +84,7 @@ def steps_of(run: Path) -> list[float]:
 def test_launched_with_an_engine_that_is_killed(slurm, tmp_path):
     run = tmp_path / "runs" / "quickstart"
     arguments = (QUICKSTART, "--cluster", cluster_file(tmp_path, max_restarts=1), *LONG)
+    arguments += ("rollout.max_engine_restarts=0",)  # the engine's end is the run's
     done = subprocess.run(
         matpo_command("launch", *arguments),
         cwd=ROOT,

@@ -29,7 +29,8 @@ from megatron_matpo.weight_sync.engines import Engines
 from megatron_matpo.weight_sync.ipc import IpcTransport
 from megatron_matpo.weight_sync.layout import EngineShape
 from megatron_matpo.weight_sync.shared_buffers import HostBuffer
-from megatron_matpo.weight_sync.transaction import Transaction, Transport
+from megatron_matpo.weight_sync.transaction import Transaction
+from megatron_matpo.weight_sync.transport import Transport
 from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.sglang_servers import ROLLOUT_PYTHON, SglangServer, sglang_servers
 from tests.helpers.tiny import make_tiny_model

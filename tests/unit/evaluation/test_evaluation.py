@@ -29,6 +29,7 @@ from megatron_matpo.errors import EngineRejected, RolloutError
 from megatron_matpo.evaluation.main import Evaluation
 from megatron_matpo.rollout.client import ManagerClient
 from megatron_matpo.rollout.collect import RolloutManager
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.server import ManagerServer
 from tests.helpers.rollouts import FakeEngine, FakeToolBox, make_chat, make_config
 
@@ -78,9 +79,8 @@ def manager(config: Config, policy: Policy) -> Iterator[ManagerClient]:
     async def start() -> None:
         engine = FakeEngine(policy)
         tools, chat = FakeToolBox(), make_chat()
-        server.set_ready(
-            RolloutManager(config, lambda version: engine, tools, chat, questions), "ready"
-        )
+        collector = RolloutManager(config, lambda version: engine, tools, chat, questions)
+        server.set_ready(collector, Fleet.unwatched(["http://a"]), "ready")
         await server.start("127.0.0.1", port)
 
     thread = threading.Thread(target=loop.run_forever)

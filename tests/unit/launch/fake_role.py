@@ -1,8 +1,9 @@
 """FakeRole: a small real process that stands in for a role of a run.
 
 `python fake_role.py NAME FLAG ...` with exit_after=S, code=N, ignore_term, spawn, fail=TEXT,
-run_dir=D, saves=S. With `saves` it does as a trainer does: S seconds after a stop is requested it
-ends well, "stopped".
+run_dir=D, saves=S, once, helper. `helper`: a child in its own session, as a server's worker.
+`once`: only its first start ends early. With `saves` it does as a trainer does: S seconds after a
+stop is requested it ends well, "stopped".
 """
 
 from __future__ import annotations
@@ -30,12 +31,19 @@ def main() -> None:
         helper = [sys.executable, __file__, f"{name}-helper", "ignore_term"]
         launcher = f"import subprocess; subprocess.Popen({helper!r}, start_new_session=True)"
         subprocess.run([sys.executable, "-c", launcher], check=True)
+    if "helper" in settings:
+        subprocess.Popen([sys.executable, __file__, f"{name}-helper", "ignore_term"])
     print(f"Fake {name} says hello, pid {os.getpid()}", flush=True)
     if "fail" in settings:
         from megatron_matpo.obs.failure import record_failure
 
         error = ValueError(settings["fail"])
         record_failure(settings["run_dir"], name, 0, "train", error, "Fake traceback")
+    mark = Path(settings.get("run_dir", "."), f"{name}-was-here")
+    if "once" in settings and mark.exists():
+        settings.pop("exit_after")
+    elif "once" in settings:
+        mark.touch()
     deadline = time.monotonic() + float(settings.get("exit_after", 60))
     while time.monotonic() < deadline:
         time.sleep(0.02)

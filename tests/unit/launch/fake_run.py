@@ -1,7 +1,8 @@
 """Supervises FakeRoles as `matpo train` supervises real ones.
 
 `python fake_run.py RUN_DIR START_TIMEOUT_S GRACE_S 'NAME FLAG ...' ...`; roles whose flags include
-`ready` count as ready at once; the role `trainer` ends the run. SAVE_TIMEOUT_S and SAVE_ON_STOP of
+`ready` count as ready at once; the role `trainer` ends the run. An engine with `restarts=N` is
+started anew, `peers=N` of them are in the run. SAVE_TIMEOUT_S and SAVE_ON_STOP of
 the environment are limits too; which node it is comes from the environment as for real runs.
 """
 
@@ -15,7 +16,7 @@ from megatron_matpo.launch.console import Console, ProgressView
 from megatron_matpo.launch.guard import run_guarded
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.nodes import this_node
-from megatron_matpo.launch.roles import RoleSpec
+from megatron_matpo.launch.roles import RestartPolicy, RoleSpec
 from megatron_matpo.launch.supervisor import Limits, Supervisor
 
 FAKE_ROLE = Path(__file__).with_name("fake_role.py")
@@ -35,6 +36,10 @@ def main() -> int:
     for text in sys.argv[4:]:
         name, *flags = text.split()
         is_ready = "ready" in flags
+        settings = dict(flag.partition("=")[::2] for flag in flags)
+        policy = RestartPolicy(
+            int(settings.get("restarts", 0)), 0.3, 1.0, int(settings.get("peers", 1))
+        )
         roles.append(
             RoleSpec(
                 name=name,
@@ -44,6 +49,7 @@ def main() -> int:
                 ends_run=name == "trainer",
                 may_end="may_end" in flags,
                 is_needed_to_save=name.startswith("trainer"),
+                restarts=policy if name.startswith("engine") else None,
             )
         )
     console = Console(sys.stdout)

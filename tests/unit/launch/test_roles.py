@@ -17,6 +17,7 @@ from megatron_matpo.config import Config
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.launch.roles import (
+    RestartPolicy,
     RoleSpec,
     engine_generates,
     manager_is_ready,
@@ -56,6 +57,24 @@ def test_replay_and_sft_need_the_trainer_only(config, tmp_path):
     assert list(roles_of(config, tmp_path, "sft")) == ["trainer"]
     replayed = replace(config, rollout=replace(config.rollout, replay="recorded"))
     assert list(roles_of(replayed, tmp_path)) == ["trainer"]
+
+
+def test_engines_alone_are_started_anew_unless_nobody_could_give_them_weights(config, tmp_path):
+    rollout = replace(config.rollout, max_engine_restarts=5, restart_backoff_s=1.5)
+    policy = RestartPolicy(5, 1.5, 60.0, num_peers=2)
+    for command in ("train", "eval"):
+        roles = roles_of(replace(config, rollout=rollout), tmp_path, command)
+        found = {name: role.restarts for name, role in roles.items() if role.restarts}
+        assert found == {"engine-0": policy, "engine-1": policy}
+    control = replace(config, weight_sync=replace(config.weight_sync, transport="none"))
+    restarts = roles_of(control, tmp_path)["engine-0"].restarts
+    assert restarts is not None and restarts.max_restarts == 0
+
+
+def test_a_fresh_engine_is_told_from_one_that_got_weights(config, tmp_path):
+    for command, version in (("train", "unpushed"), ("eval", "0")):
+        argv = roles_of(config, tmp_path, command)["engine-0"].argv
+        assert argv[argv.index("--weight-version") + 1] == version
 
 
 def test_secrets_go_by_environment_to_those_who_need_them(config, tmp_path, monkeypatch):

@@ -61,8 +61,9 @@ def test_only_an_engine_on_a_shared_gpu_has_the_memory_saver() -> None:
             assert (flag in engine_command(spec).argv) == (device == "cuda" and gives)
     shared = ClusterConfig(gpus_per_node=1, placement="colocated")
     place = EnginePlace(0, 0, "127.0.0.1", 1, 2, (0,))
-    assert engine_spec(replace(Config(), cluster=shared), place, "k").gives_memory_back
-    assert not engine_spec(Config(), place, "k").gives_memory_back
+    for config in (replace(Config(), cluster=shared), Config()):
+        spec = engine_spec(config, place, "k", serves_own_weights=False)
+        assert spec.gives_memory_back == (config.cluster.placement == "colocated")
 
 
 def test_cpu_and_cuda_differ_where_they_must() -> None:
@@ -100,12 +101,12 @@ def test_extra_arguments_come_last_and_win() -> None:
 def test_spec_from_a_plan() -> None:
     place = EnginePlace(1, 0, "127.0.0.1", 30000, 30001, gpus=(6, 7))
     config = Config(cluster=ClusterConfig(gpus_per_node=8))
-    spec = engine_spec(config, place, "key")
+    spec = engine_spec(config, place, "key", serves_own_weights=False)
     assert (spec.device, spec.base_gpu_id, spec.dtype) == ("cuda", 6, "bfloat16")
     assert (spec.port, spec.internal_port, spec.api_key) == (30000, 30001, "key")
-    other = engine_spec(config, replace(place, index=2), "key")
+    other = engine_spec(config, replace(place, index=2), "key", serves_own_weights=True)
     assert other.seed != spec.seed, "equal seeds would give equal samples"
-    on_cpu = engine_spec(Config(), replace(place, gpus=()), "key")
+    on_cpu = engine_spec(Config(), replace(place, gpus=()), "key", serves_own_weights=True)
     assert (on_cpu.device, on_cpu.base_gpu_id, on_cpu.dtype) == ("cpu", 0, "float32")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_matpo.errors import EngineRejected, EngineUnreachable
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import BrokenGeneration, Generation
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.types import VersionSpan
@@ -40,9 +41,9 @@ def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_matpo.rollout.routing._RESEND_S", 0.0)
 
 
-def router_of(*servers: Server, clock: list[float] | None = None) -> Router:
-    now = clock if clock is not None else [0.0]
-    return Router(servers, lambda max_tokens: max_tokens, (99,), lambda: now[0])
+def router_of(*servers: Server, fleet: Fleet | None = None) -> Router:
+    fleet = fleet or Fleet.unwatched([server.url for server in servers])
+    return Router(servers, lambda max_tokens: max_tokens, (99,), fleet=fleet)
 
 
 def test_new_conversations_go_to_the_least_loaded_and_stay() -> None:
@@ -58,18 +59,29 @@ def test_new_conversations_go_to_the_least_loaded_and_stay() -> None:
     assert servers[0].served[0] == ([7], 16)
 
 
-def test_a_failure_moves_the_conversation_and_spares_the_engine() -> None:
-    servers, now = [Server("a", failure=EngineUnreachable("a: gone")), Server("b")], [0.0]
+def test_a_failure_moves_the_conversation_and_a_streak_spares_the_engine() -> None:
+    servers = [Server("a", failure=EngineUnreachable("a: gone")), Server("b")]
 
     async def run() -> None:
-        sampler = router_of(*servers, clock=now).sampler(3)
+        sampler = router_of(*servers).sampler(3)
         await sampler.sample([1], 9, "c")
         for index in range(5):
             await sampler.sample([1], 9, f"d{index}")
-        assert [len(server.served) for server in servers] == [1, 6]
-        now[0] = 60.0  # forgiven: it is asked again, and fails again
-        await sampler.sample([1], 9, "e")
-        assert [len(server.served) for server in servers] == [2, 7]
+        assert [len(server.served) for server in servers] == [2, 6]
+
+    asyncio.run(run())
+
+
+def test_a_conversation_stays_where_it_moved() -> None:
+    servers = [Server("a"), Server("b")]
+
+    async def run() -> None:
+        sampler = router_of(*servers).sampler(3)
+        servers[0].failure = EngineUnreachable("a: gone")
+        await sampler.sample([1], 9, "c")
+        servers[0].failure = None
+        await sampler.sample([1], 9, "c")
+        assert [len(server.served) for server in servers] == [1, 2]
 
     asyncio.run(run())
 
@@ -94,8 +106,10 @@ def test_tokens_of_another_version_are_an_engine_failure() -> None:
 
 @pytest.mark.parametrize(("version", "accepted"), [(0, True), (3, True), (4, False)])
 def test_a_follower_takes_every_version_that_was_pushed(version: int, accepted: bool) -> None:
-    router = router_of(Server("a", version=version))
-    router.newest = 3
+    fleet = Fleet.unwatched(["a"])
+    fleet.refit_began([0])
+    fleet.refitted(3, [0])
+    router = router_of(Server("a", version=version), fleet=fleet)
     if accepted:
         asyncio.run(router.follower().sample([1], 9, "c"))
     else:
@@ -143,7 +157,7 @@ def test_a_turn_that_was_paused_goes_on_from_its_tokens_on_its_engine() -> None:
     )
     idle = Script("b")
     router = router_of(engine, idle)
-    router.newest = 4
+    router.sampler(4)
     turn = sampled_by(router.follower())
     assert list(turn.token_ids) == [1, 2, 4, 5] and turn.finish_reason == "stop"
     assert list(turn.logprobs) == [-1.0, -2.0, -4.0, -5.0]

@@ -14,9 +14,13 @@ import pytest
 from aiohttp.test_utils import unused_port
 
 from megatron_matpo import wire
+from megatron_matpo.config.rollout import HealthConfig
 from megatron_matpo.errors import RolloutError
 from megatron_matpo.rollout.collect import RolloutManager
+from megatron_matpo.rollout.fleet import Fleet
+from megatron_matpo.rollout.health import Event
 from megatron_matpo.rollout.server import ManagerServer
+from megatron_matpo.types import RolloutBatch
 from tests.helpers.moving_policy import MovingPolicy, single_agent
 from tests.helpers.moving_policy import manager_of as manager_for
 from tests.helpers.rollouts import FakeEngine, FakeToolBox, make_chat, make_config, make_question
@@ -34,13 +38,15 @@ def manager_of(engine: FakeEngine, tools: FakeToolBox | None = None) -> RolloutM
 
 
 def serve(
-    collector: Any, client: Callable[[aiohttp.ClientSession, ManagerServer], Awaitable[None]]
+    collector: Any,
+    client: Callable[[aiohttp.ClientSession, ManagerServer], Awaitable[None]],
+    fleet: Fleet | None = None,
 ) -> None:
     async def run() -> None:
         server, port = ManagerServer(TOKEN), unused_port()
         await server.start("127.0.0.1", port)
         if collector is not None:
-            server.set_ready(collector, "1 question")
+            server.set_ready(collector, fleet or Fleet.unwatched(["http://a"]), "1 question")
         try:
             async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as session:
                 await client(session, server)
@@ -56,7 +62,8 @@ def test_health_is_open_and_tells_when_it_is_ready() -> None:
             assert await reply.json() == {"ready": False, "detail": "starting"}
         async with session.post("/collect", json=ASK, headers=HEADERS) as reply:
             assert reply.status == 503
-        server.set_ready(manager_of(FakeEngine(lambda *_: "x")), "1 question")
+        manager = manager_of(FakeEngine(lambda *_: "x"))
+        server.set_ready(manager, Fleet.unwatched(["http://a"]), "1 question")
         async with session.get("/health") as reply:
             assert await reply.json() == {"ready": True, "detail": "1 question"}
 
@@ -153,6 +160,138 @@ def test_what_nobody_waits_for_is_cancelled(way: str) -> None:
         await asyncio.gather(request, return_exceptions=True)
 
     serve(Collector(), client)
+
+
+class Slow:
+    """Collects when it is told to, and counts how often it was begun and cancelled."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.began = asyncio.Event()
+        self.num_begun = self.num_cancelled = 0
+
+    async def collect(
+        self, step: int, version: int, split: str, asks: object, position: int
+    ) -> RolloutBatch:
+        self.num_begun += 1
+        self.began.set()
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.num_cancelled += 1
+            raise
+        return RolloutBatch(step, version, (), {}, position)
+
+
+def test_an_engine_that_waits_for_weights_interrupts_the_answer_but_not_the_collection() -> None:
+    slow, fleet = Slow(), Fleet.unwatched(["http://a", "http://b"])
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        first = asyncio.create_task(post(session, "/collect", ASK))
+        await slow.began.wait()
+        fleet._apply(1, Event.RESTARTED, "a new start")
+        assert await first == (202, b'{"refit": [1]}')
+        assert await post(session, "/collect", ASK) == (202, b'{"refit": [1]}'), "still waiting"
+        assert (await post(session, "/fleet/refitting", {"engines": [1]}))[0] == 200
+        again = asyncio.create_task(post(session, "/collect", ASK))
+        refitted = {"version": 0, "engines": [1]}
+        assert (await post(session, "/fleet/refitted", refitted))[0] == 200
+        slow.gate.set()
+        status, body = await again
+        assert status == 200
+        assert wire.decode(body, "").step == 1
+        assert (slow.num_begun, slow.num_cancelled) == (1, 0)
+        assert (await post(session, "/collect", ASK))[0] == 200
+        assert slow.num_begun == 2, "a finished one is not handed out twice"
+
+    serve(slow, client, fleet)
+
+
+def test_an_interrupted_collection_that_nobody_asks_for_again_is_cancelled_by_the_next() -> None:
+    slow, fleet = Slow(), Fleet.unwatched(["http://a", "http://b"])
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        fleet._apply(1, Event.RESTARTED, "a new start")
+        assert (await post(session, "/collect", ASK))[0] == 202
+        fleet.refit_began([1])
+        slow.began.clear()
+        second = asyncio.create_task(post(session, "/collect", {**ASK, "step": 2}))
+        await slow.began.wait()
+        assert (slow.num_begun, slow.num_cancelled) == (2, 1)
+        slow.gate.set()
+        assert (await second)[0] == 200
+
+    serve(slow, client, fleet)
+
+
+def test_a_client_that_goes_away_after_it_was_attached_cancels_too() -> None:
+    slow, fleet = Slow(), Fleet.unwatched(["http://a", "http://b"])
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        fleet._apply(1, Event.RESTARTED, "a new start")
+        assert (await post(session, "/collect", ASK))[0] == 202
+        fleet.refit_began([1])
+        attached = asyncio.create_task(post(session, "/collect", ASK))
+        await asyncio.sleep(0.2)
+        attached.cancel()
+        async with asyncio.timeout(5):
+            while not slow.num_cancelled:
+                await asyncio.sleep(0.01)
+        assert slow.num_begun == 1
+
+    serve(slow, client, fleet)
+
+
+def test_a_step_without_engines_fails_with_their_states() -> None:
+    slow = Slow()
+    fleet = Fleet.unwatched(["http://a"], HealthConfig(no_engine_timeout_s=0.2))
+    fleet.lost({0: "it melted"})
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        status, body = await post(session, "/collect", ASK)
+        assert status == 500
+        assert "engine-0 (http://a) is dead: it melted" in body.decode()
+        assert slow.num_cancelled == 1
+
+    serve(slow, client, fleet)
+
+
+def test_the_fleet_is_told_and_heard_of() -> None:
+    fleet = Fleet.unwatched(["http://a", "http://b"])
+
+    async def client(session: aiohttp.ClientSession, server: ManagerServer) -> None:
+        assert (await post(session, "/fleet/refitting", {"engines": [0, 1]}))[0] == 200
+        assert (await post(session, "/fleet/refitted", {"version": 5, "engines": [0]}))[0] == 200
+        assert (await post(session, "/fleet/lost", {"engines": {"1": "bucket 3"}}))[0] == 200
+        async with session.get("/fleet", headers=HEADERS) as reply:
+            told = await reply.json()
+        assert told["version"] == 5
+        assert [(e["index"], e["state"], e["version"]) for e in told["engines"]] == [
+            (0, "healthy", 5),
+            (1, "dead", None),
+        ]
+        assert told["engines"][1]["reason"] == "bucket 3"
+        for path, bad in (
+            ("refitting", {"engines": [2]}),
+            ("refitting", {"engines": "all"}),
+            ("refitted", {"engines": [0]}),
+            ("refitted", {"version": -1, "engines": [0]}),
+            ("lost", {"engines": {"one": "why"}}),
+            ("lost", []),
+        ):
+            assert (await post(session, f"/fleet/{path}", bad))[0] == 400, (path, bad)
+        async with session.get("/fleet") as reply:
+            assert reply.status == 401
+        async with session.post("/fleet/lost", json={"engines": {"0": "x"}}) as reply:
+            assert reply.status == 401
+        assert fleet.routable() == [0]
+
+    serve(Slow(), client, fleet)
+
+
+async def post(session: aiohttp.ClientSession, path: str, body: object) -> tuple[int, bytes]:
+    async with session.post(path, json=body, headers=HEADERS) as reply:
+        return reply.status, await reply.read()
 
 
 def test_groups_in_flight_go_out_and_come_back() -> None:

@@ -35,6 +35,7 @@ from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout import scheduler
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.rollout.engine_client import EngineClient
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.types import RolloutBatch, Status
@@ -205,7 +206,9 @@ async def run_step(tmp_path: Path, max_failed_frac: float = 1.0) -> RolloutBatch
 
         try:
             async with Judge(judge_config) as judge:
-                sampler_for = Router([engine], params_for).sampler
+                sampler_for = Router(
+                    [engine], params_for, fleet=Fleet.unwatched([engine.url])
+                ).sampler
                 manager = RolloutManager(
                     config, sampler_for, RogueTools(servers), chat, {"train": rows}, judge
                 )

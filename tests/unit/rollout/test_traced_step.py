@@ -20,6 +20,7 @@ from megatron_matpo.obs.trace_export import export_trace
 from megatron_matpo.rewards.judge import Judge
 from megatron_matpo.rollout import scheduler
 from megatron_matpo.rollout.collect import RolloutManager
+from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.types import RolloutBatch, RowAsk
 from tests.helpers.fake_judge import KEY, FakeJudge
@@ -188,7 +189,9 @@ def test_turns_name_the_engine_and_how_many_were_tried(tmp_path: Path) -> None:
 
     def wrap(engine: FakeEngine) -> Any:
         engine.script = by_text
-        return Router([Engine(engine, 0), Engine(engine, 1)], lambda n: n).sampler(0)
+        fleet = Fleet.unwatched(["a", "b"])
+        engines = [Engine(engine, 0), Engine(engine, 1)]
+        return Router(engines, lambda n: n, fleet=fleet).sampler(0)
 
     batch, run_dir = collect(tmp_path, wrap=wrap, prompts="dataset")
     assert batch.metrics["rollout/failed"] == 0

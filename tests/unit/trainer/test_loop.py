@@ -73,6 +73,9 @@ class StubSync:
     def push(self, version):
         return version
 
+    def refit(self, version):
+        pass
+
     def close(self):
         pass
 

@@ -12,7 +12,9 @@ import torch
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
 from megatron_matpo.obs import metrics as registry
 from megatron_matpo.weight_sync.disk import DiskTransport
-from megatron_matpo.weight_sync.transaction import NoEngines, PushOnce, Transaction
+from megatron_matpo.weight_sync.membership import FixedMembership, Recovery
+from megatron_matpo.weight_sync.transaction import Transaction
+from megatron_matpo.weight_sync.unpushed import NoEngines, PushOnce
 from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.scripted_fake_engine import SHAPE, ScriptedFakeEngine, write_safetensors
 
@@ -25,7 +27,7 @@ WEIGHTS = {
 }
 
 
-def transaction(engines, folder, *, verify="full", timeout_s=30.0, weights=WEIGHTS):
+def transaction(engines, folder, *, verify="full", timeout_s=30.0, weights=WEIGHTS, recovery=None):
     return Transaction(
         lambda: iter(weights.items()),
         engines,
@@ -33,6 +35,7 @@ def transaction(engines, folder, *, verify="full", timeout_s=30.0, weights=WEIGH
         Verifier(verify, SHAPE, on_gpu=False),
         timeout_s=timeout_s,
         start_timeout_s=timeout_s,
+        recovery=recovery,
     )
 
 
@@ -191,12 +194,16 @@ def test_an_engine_that_never_starts_is_told_with_its_setting(tmp_path):
 
 def test_ranks_without_engines_only_take_part_in_the_export(tmp_path):
     seen = []
-    sync = transaction([], tmp_path)
+    words = [b"go", b"again", b"go", b"done", b"nobody"]
+    agree = lambda word: words.pop(0)  # noqa: E731
+    sync = transaction([], tmp_path, recovery=Recovery(FixedMembership(0), agree, retries=1))
     sync._export = lambda: iter([seen.append(1)])
     sync.connect()
     assert sync.push(5) == 5
+    assert seen == [1, 1], "rank 0 tried twice"
+    sync.refit(5)
+    assert seen == [1, 1] and not words
     sync.close()
-    assert seen == [1]
 
 
 def test_push_once_lets_only_the_first_through(tmp_path):

@@ -25,6 +25,9 @@ RETRY_S = 1.0
 OWN_WEIGHTS: PolicyVersion = 0
 """Version of what an engine loaded itself, where no trainer pushes (`matpo eval`)."""
 
+# A request whose connection is closed ends at once.
+_CLOSED_S = 1.0
+
 T = TypeVar("T")
 
 
@@ -42,6 +45,10 @@ class Probed(Protocol):
 
     async def weight_version(self, *, deadline_s: float) -> str:
         """The version that the engine says it serves."""
+        ...
+
+    async def close(self) -> None:
+        """Close all connections; the next request opens new ones."""
         ...
 
 
@@ -140,8 +147,10 @@ class Fleet:
     async def guarded(self, index: int, request: Coroutine[Any, Any, T]) -> T:
         """Await a request to an engine, but not for longer than the engine lives.
 
+        When it is found dead its connections are closed, so that a request ends with what it has.
+
         Raises:
-            EngineUnreachable: the engine was found dead meanwhile.
+            EngineUnreachable: the engine was found dead, and the request did not end with that.
             Exception: whatever the request raised.
         """
         member = self._members[index]
@@ -149,6 +158,9 @@ class Fleet:
         dead = asyncio.ensure_future(member.dead.wait())
         try:
             await asyncio.wait((task, dead), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and member.client is not None:
+                await member.client.close()
+                await asyncio.wait((task,), timeout=_CLOSED_S)
             if task.done():
                 return task.result()
             raise EngineUnreachable(f"{member.url}: found dead ({member.reason})")

@@ -234,6 +234,10 @@ class Transaction:
             if not is_last and self._phase != "prepare":
                 self._connected = []
                 await self._transport.abandon()
+                if self._phase == "connect":
+                    # The other ranks are in the export, whose collectives need this one.
+                    for _ in self._export():
+                        pass
                 lost = await engines.silent(self._recovery.answer_timeout_s)
                 _log.warning("%s. Lost engines: %s. Trying again", what, lost or "none")
                 await self._recovery.membership.lost(lost)

@@ -6,6 +6,10 @@ Engines are scripted fakes and the fleet is the manager's own, without probes; t
 
 from __future__ import annotations
 
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from megatron_matpo.errors import EngineRejected, WeightSyncError
@@ -280,3 +284,55 @@ def test_without_a_manager_lost_engines_are_left_out(tmp_path):
     asyncio.run(membership.lost({1: "gone"}))
     assert asyncio.run(membership.members(Which.LIVING)) == [Member(0, 0), Member(2, 0)]
     assert asyncio.run(membership.members(Which.WAITING)) == []
+
+
+@pytest.mark.parametrize("phase", ["connect", "update", "checksums"])
+def test_other_ranks_leave_a_push_that_is_tried_again(tmp_path, phase):
+    """Ranks meet at every tensor of the export, as its collectives do, and before and after it."""
+    everybody = threading.Barrier(2, timeout=20)
+    words = queue.Queue()
+
+    def export():
+        for item in WEIGHTS.items():
+            everybody.wait()
+            yield item
+
+    def agree(word):
+        if word is not None:
+            words.put(word)
+        everybody.wait()
+        word = words.get(timeout=20) if word is None else word
+        everybody.wait()
+        return word
+
+    class Stubborn(DiskTransport):
+        num_refused = 0 if phase == "connect" else 1
+
+        async def connect(self, engines):
+            await super().connect(engines)
+            if self.num_refused == 0:
+                self.num_refused += 1
+                raise WeightSyncError("no group")
+
+    def rank(engines):
+        return Transaction(
+            export,
+            engines,
+            Stubborn(tmp_path / "weights", write_safetensors),
+            Verifier("full", SHAPE, on_gpu=False),
+            timeout_s=5.0,
+            start_timeout_s=5.0,
+            recovery=Recovery(FixedMembership(2), agree, retries=1, answer_timeout_s=0.3),
+        )
+
+    engines = [ScriptedFakeEngine("a"), ScriptedFakeEngine("b")]
+    if phase != "connect":
+        engines[1].fails = {phase: "dies"}
+    lead = rank(engines)
+    with ThreadPoolExecutor() as pool:
+        other = pool.submit(lambda: rank([]).push(1))
+        lead.connect()
+        assert lead.push(1) == 1
+        assert other.result(timeout=20) == 1
+    assert engines[0].version == "1" and not engines[0].is_paused
+    lead.close()

@@ -88,6 +88,9 @@ WORKDIR /opt/megatron_matpo
 COPY . .
 COPY --from=search /serper/node_modules tools/serper/node_modules
 RUN /opt/trainer/bin/pip install --no-cache-dir --no-build-isolation --no-deps -e . \
+    # SGLang's router (`rollout.router: sglang`), which not every image of SGLang has.
+    && python3 -m pip install --no-cache-dir --no-deps --break-system-packages \
+        --requirement requirements/rollout-router.txt \
     # `rollout.python` of the recipes: a script, because a link would not find the packages of the
     # Python that it points to if that is itself a virtual environment.
     && mkdir -p .venv-rollout/bin \

@@ -74,7 +74,8 @@ make_serper() { # make_serper STAMP
 
 trainer_stamp="$(stamp_of tools/setup.sh pyproject.toml requirements/trainer-cpu.txt \
     requirements/launch.txt requirements/launch-nodeps.txt)"
-rollout_stamp="$(stamp_of tools/setup.sh requirements/rollout-cpu.txt requirements/rollout-cpu-nodeps.txt)"
+rollout_stamp="$(stamp_of tools/setup.sh requirements/rollout-cpu.txt \
+    requirements/rollout-cpu-nodeps.txt requirements/rollout-router.txt)"
 serper_stamp="$(stamp_of tools/serper/package.json tools/serper/package-lock.json)"
 
 # The installations run in the background, which Ctrl-C does not reach by itself.

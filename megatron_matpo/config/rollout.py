@@ -51,6 +51,9 @@ class RolloutConfig:
     over_sample: float = 0.0
     """Begin this share of `data.prompts_per_step` more than a step takes, and take what is complete
     first. The rest is carried over, or without `max_staleness` ended and asked anew."""
+    router: str = "builtin"
+    """Who chooses the engine of a request: `builtin` (the manager; turns of a conversation go to
+    one engine) or `sglang` (SGLang's own router, which the manager starts; docs/fleet.md)."""
     python: str = ".venv-rollout/bin/python"
     """Python of the rollout environment (SGLang's)."""
     temperature: float = 1.0

@@ -40,6 +40,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "train.recompute": ("none", "selective", "full"),
     "rollout.prompts": ("rendered", "dataset"),
     "rollout.call_format": ("mcp_xml", "tool_call"),
+    "rollout.router": ("builtin", "sglang"),
     "rollout.on_update": ("retract", "in_place"),
     "rollout.on_stale": ("wait", "refresh", "drop"),
     "reward.grader": GRADERS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 from pathlib import Path
 
 from megatron_matpo.config.load import collect_recipe, format_problems
@@ -51,6 +52,8 @@ def machine_violations(config: Config, command: Command) -> list[str]:
         problems += _dataset_violations(config, "data.train", config.data.train)
         if config.eval.is_wanted:
             problems += _eval_set_violations(config)
+    if command != "sft" and not config.rollout.replay:
+        problems += _router_violations(config)
     if command == "eval":
         problems += _eval_set_violations(config)
     if command == "train" and config.rollout.replay:
@@ -149,6 +152,24 @@ def _template_violations(folder: str) -> list[str]:
     except ConfigError as error:
         return [str(error)]
     return []
+
+
+def _router_violations(config: Config) -> list[str]:
+    """The rollout environment has SGLang's router, if that is asked for."""
+    python = config.rollout.python
+    if config.rollout.router != "sglang" or not Path(python).is_file():
+        return []  # a missing program is reported with the others
+    code = "import importlib.util as u, sys; sys.exit(u.find_spec('sglang_router') is None)"
+    try:
+        is_missing = subprocess.run([python, "-c", code], timeout=60, check=False).returncode != 0
+    except (OSError, subprocess.TimeoutExpired):
+        is_missing = True
+    if not is_missing:
+        return []
+    return [
+        f"rollout.router=sglang: {python} has no package sglang_router; install the version in "
+        "requirements/rollout-router.txt there, or take rollout.router=builtin"
+    ]
 
 
 def _precision_violations(config: Config) -> list[str]:

@@ -51,6 +51,7 @@ CHANGEABLE = (
     "doctor.*",
     "eval.*",
     "rollout.python",
+    "rollout.router",
     "rollout.num_servers",
     "rollout.tensor",
     "rollout.mem_fraction",

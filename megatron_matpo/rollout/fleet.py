@@ -121,6 +121,11 @@ class Fleet:
                 return found
         return []
 
+    def refitting(self) -> list[int]:
+        """Engines that the trainer gives weights to now."""
+        states = enumerate(member.health.state for member in self._members)
+        return [index for index, state in states if state is State.REFITTING]
+
     def incarnation(self, index: int) -> int:
         """Another number than before: the engine was started anew, or lost what it held."""
         return self._members[index].health.incarnation
@@ -128,7 +133,7 @@ class Fleet:
     async def wait_routable(self) -> list[int]:
         """`routable`, as soon as there is one; how long that may take is `hopeless`'s affair."""
         while not (found := self.routable()):
-            await self._next_change()
+            await self.changed()
         return found
 
     async def settled(self, indices: Sequence[int]) -> None:
@@ -142,7 +147,7 @@ class Fleet:
             and self._members[index].health.state in ROUTABLE
             for index, count in before.items()
         ):
-            await self._next_change()
+            await self.changed()
 
     async def guarded(self, index: int, request: Coroutine[Any, Any, T]) -> T:
         """Await a request to an engine, but not for longer than the engine lives.
@@ -178,6 +183,15 @@ class Fleet:
         """A request failed; the engine is probed at once."""
         self._apply(index, Event.FAILED, str(error))
         self._members[index].wake.set()
+
+    def probe_now(self) -> None:
+        """A request failed of which nobody knows the engine: all of them are probed at once."""
+        for member in self._members:
+            member.wake.set()
+
+    async def changed(self) -> None:
+        """Return at the next event of any engine."""
+        await self._changed.wait()
 
     # ---- for the trainer, through the server ----
 
@@ -224,7 +238,7 @@ class Fleet:
     async def refit_wanted(self) -> list[int]:
         """Engines that wait for weights, as soon as there is one."""
         while not (found := self._stale()):
-            await self._next_change()
+            await self.changed()
         return found
 
     async def hopeless(self) -> RolloutError:
@@ -326,7 +340,4 @@ class Fleet:
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            await self._next_change()
-
-    async def _next_change(self) -> None:
-        await self._changed.wait()
+            await self.changed()

@@ -37,8 +37,10 @@ from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import SamplingParams
-from megatron_matpo.rollout.routing import Router
+from megatron_matpo.rollout.routing import Availability, Router
 from megatron_matpo.rollout.server import ManagerServer
+from megatron_matpo.rollout.sglang_router.behind import BehindRouter
+from megatron_matpo.rollout.sglang_router.process import sglang_router
 
 __all__ = ["RolloutManager", "main", "serve"]
 
@@ -73,7 +75,12 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
         tools = await stack.enter_async_context(opening)
         engines = _connect(config, plan, engine_key, stack)
         fleet = _fleet_of(engines, config, run_dir)
+        behind = None
         router = _router_of(engines, fleet, config, chat)
+        if config.rollout.router == "sglang":
+            server.detail = "starting SGLang's router"
+            client, behind = await _start_router(fleet, config, plan, run_dir, engine_key, stack)
+            router = _router_of([client], behind, config, chat)
         manager = RolloutManager(config, router.sampler, tools, chat, questions, judge, router)
         stack.push_async_callback(manager.close)
         stack.push_async_callback(server.close)  # requests end before what they use
@@ -81,7 +88,7 @@ async def serve(config: Config, plan: Plan, run_dir: Path, token: str, engine_ke
         detail = f"{num_questions} questions, {len(engines)} engines"
         server.set_ready(manager, fleet, detail)
         _log.info("ready: %s", detail)
-        await fleet.run()
+        await _run_all(fleet, behind)
 
 
 def _connect(
@@ -107,8 +114,40 @@ def _fleet_of(engines: Sequence[EngineClient], config: Config, run_dir: Path) ->
     )
 
 
+async def _start_router(
+    fleet: Fleet,
+    config: Config,
+    plan: Plan,
+    run_dir: Path,
+    engine_key: str,
+    stack: AsyncExitStack,
+) -> tuple[EngineClient, BehindRouter]:
+    """SGLang's router as the one engine that is asked, and the fleet behind it."""
+    rollout, log = config.rollout, run_dir / "logs" / "router.log"
+    starting = sglang_router(rollout.python, plan.manager_host, engine_key, log)
+    control = await stack.enter_async_context(starting)
+    client = EngineClient(control.url, engine_key, request_timeout_s=rollout.request_timeout_s)
+    stack.push_async_callback(client.close)
+    urls = [place.url for place in plan.engines]
+    limit_s = rollout.health.no_engine_timeout_s
+    return client, BehindRouter(fleet, urls, control, limit_s=limit_s, log=log)
+
+
+async def _run_all(fleet: Fleet, behind: BehindRouter | None) -> None:
+    """Until cancelled, or until one of them fails."""
+    tasks = [asyncio.ensure_future(fleet.run())]
+    if behind is not None:
+        tasks.append(asyncio.ensure_future(behind.run()))
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _router_of(
-    engines: Sequence[EngineClient], fleet: Fleet, config: Config, chat: Chat
+    engines: Sequence[EngineClient], availability: Availability, config: Config, chat: Chat
 ) -> Router[SamplingParams]:
     rollout = config.rollout
 
@@ -125,7 +164,7 @@ def _router_of(
             stream_every=rollout.stream_tokens,
         )
 
-    return Router(engines, params_for, stop_token_ids, fleet=fleet)
+    return Router(engines, params_for, stop_token_ids, fleet=availability)
 
 
 def load_questions(config: Config) -> dict[str, list[Question]]:

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from megatron_matpo.agents.sampling import Sampled
 from megatron_matpo.errors import EngineError, EngineRejected
 from megatron_matpo.obs.spans import note
 from megatron_matpo.rollout.continuation import Continuation
-from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.generation import ABORT, BrokenGeneration, Generation
 from megatron_matpo.types import PolicyVersion
 
@@ -40,6 +39,7 @@ _RESEND_S = 0.25
 Starts = set[tuple[int, int]]
 """(engine, its incarnation)"""
 Params = TypeVar("Params", contravariant=True)
+T = TypeVar("T")
 
 
 class Engine(Protocol[Params]):
@@ -56,6 +56,39 @@ class Engine(Protocol[Params]):
         Raises:
             EngineError: it could not.
         """
+        ...
+
+
+class Availability(Protocol):
+    """What the router has to know of its engines; `fleet.Fleet` says what each method means."""
+
+    @property
+    def present(self) -> PolicyVersion:
+        """The newest version that an engine was verified to hold."""
+        ...
+
+    def incarnation(self, index: int) -> int:
+        """Another number than before: a request that failed may be tried there again."""
+        ...
+
+    async def wait_routable(self) -> list[int]:
+        """Engines that get requests, as soon as there is one."""
+        ...
+
+    async def settled(self, indices: Sequence[int]) -> None:
+        """Return when it is known whether these engines, on which a request failed, live."""
+        ...
+
+    async def guarded(self, index: int, request: Coroutine[Any, Any, T]) -> T:
+        """Await a request to an engine, but not for longer than the engine is known to live."""
+        ...
+
+    def served(self, index: int) -> None:
+        """A request was answered."""
+        ...
+
+    def failed(self, index: int, error: EngineError) -> None:
+        """A request failed."""
         ...
 
 
@@ -76,7 +109,7 @@ class Router(Generic[Params]):
         params_for: Callable[[int], Params],
         stop_token_ids: Sequence[int] = (),
         *,
-        fleet: Fleet,
+        fleet: Availability,
     ) -> None:
         """`params_for(max_tokens)` makes the sampling parameters of one request.
 

@@ -1,5 +1,7 @@
 """The quickstart's recipe in other forms, by override alone."""
 
+import math
+
 import pytest
 
 from megatron_matpo.types import Role
@@ -49,6 +51,23 @@ def test_two_servers_and_two_updates_with_evaluation(tmp_path):
     assert start["step"] == 0 and "eval/matpo_eval/mean@2" in start
     recorded = sorted(file.name for file in (tmp_path / "variant" / "eval").iterdir())
     assert recorded == ["step_000000_matpo_eval.jsonl", "step_000002_matpo_eval.jsonl"]
+
+
+def test_two_servers_behind_sglangs_router(tmp_path):
+    lines, batch = train(tmp_path, "rollout.num_servers=2", "rollout.router=sglang")
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+    turns = [
+        turn
+        for group in batch.groups
+        for episode in group.episodes
+        for trajectory in episode.trajectories
+        for turn in trajectory.turns
+    ]
+    assert {span.version for turn in turns for span in turn.versions} == {1}
+    log = (tmp_path / "variant" / "logs" / "manager.log").read_text()
+    assert "SGLang's router sends to engine-0, engine-1" in log
+    assert (tmp_path / "variant" / "logs" / "router.log").exists()
 
 
 def test_single_agent(tmp_path):

@@ -25,6 +25,8 @@ _START_LIMIT_S = 60.0
 _REQUEST_LIMIT_S = 10.0
 _WORKER_LIMIT_S = 40.0
 _POLL_S = 0.1
+# The manager's other variables are keys of services, its token, and proxies.
+_INHERITED = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR")
 
 
 class RouterControl(EngineHttp):
@@ -79,7 +81,8 @@ async def sglang_router(
     with log.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
             *argv,
-            env={**os.environ, "MATPO_ENGINE_KEY": key},
+            env={"MATPO_ENGINE_KEY": key}
+            | {name: os.environ[name] for name in _INHERITED if name in os.environ},
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,

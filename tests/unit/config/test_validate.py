@@ -59,6 +59,7 @@ def test_stale_tokens_need_a_correction(config):
         ),
         ({"weight_sync": {"transport": "none"}}, "rollout.max_staleness=2: with weight_sync"),
         ({"rollout": {"on_stale": "keep"}}, "rollout.on_stale=keep: expected one of wait, refresh"),
+        ({"rollout": {"router": "slime"}}, "rollout.router=slime: expected one of builtin, sglang"),
         ({"rollout": {"on_update": "abort"}}, "rollout.on_update=abort: expected one of retract"),
         ({"rollout": {"over_sample": 5.0}}, "rollout.over_sample=5.0: must be at least 0 and at"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -146,6 +147,13 @@ def test_sft_needs_its_conversations_only(recipe):
     check_recipe(str(recipe), ["data.train=no/file", "rollout.python=no/python"], "sft")
     (line,) = problems_of(recipe, "sft.data=no/file", command="sft")
     assert line == "sft.data=no/file: no such file"
+
+
+def test_sglangs_router_must_be_installed_if_it_is_asked_for(recipe):
+    here = f"rollout.python={sys.executable}"
+    check_recipe(str(recipe), [here], "train")
+    (line,) = problems_of(recipe, here, "rollout.router=sglang")
+    assert line.startswith(f"rollout.router=sglang: {sys.executable} has no package sglang_router")
 
 
 def test_replay_needs_no_dataset_and_no_engines(recipe, tmp_path):

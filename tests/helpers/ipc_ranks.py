@@ -6,12 +6,15 @@ import asyncio
 import datetime
 import pickle
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from megatron_matpo.trainer.rollouts import share_bytes
 from megatron_matpo.weight_sync.ipc import IpcTransport, TrainerRanks
+from megatron_matpo.weight_sync.membership import FixedMembership, Recovery
 from megatron_matpo.weight_sync.shared_buffers import HostBuffer
 from megatron_matpo.weight_sync.transaction import Transaction
 from megatron_matpo.weight_sync.verify import Verifier
@@ -69,6 +72,10 @@ def push_twice(
             Verifier("version", SHAPE, on_gpu=False),
             timeout_s=30.0,
             start_timeout_s=30.0,
+            recovery=Recovery(
+                FixedMembership(count),
+                partial(share_bytes, group=dist.new_group(), device=torch.device("cpu")),
+            ),
         )
         sync.connect()
         for version in (1, 2):

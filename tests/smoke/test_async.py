@@ -5,14 +5,12 @@ weights agree with the trainer, and a killed run goes on with the groups that it
 no question is lost or trained twice.
 """
 
-import os
-import signal
-
 import pytest
 
 from megatron_matpo.config.load import load_recipe
 from megatron_matpo.data.dataset import prompts_from, read_questions
 from megatron_matpo.wire import decode, recording_path
+from tests.helpers.live_fleet import LiveFleet
 from tests.helpers.matpo import (
     QUICKSTART,
     read_metrics,
@@ -83,15 +81,18 @@ def test_two_versions_meet_in_a_step_and_the_present_one_agrees(tmp_path):
     assert wait_until_gone(run_dir) == []
 
 
-def test_a_killed_run_goes_on_with_what_was_in_flight(tmp_path):
+def test_a_run_whose_manager_is_killed_stops_with_its_name_and_goes_on_with_what_was_in_flight(
+    tmp_path,
+):
     command = asynchronous(
         tmp_path, "killed", "checkpoint.every=2", "checkpoint.asynchronous=false"
     )
     run_dir, log = tmp_path / "killed", tmp_path / "out.log"
     process = start_matpo(*command, log=log)
     wait_for_step(run_dir, 3, timeout_s=240)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait(timeout=60)
+    LiveFleet(run_dir).engine_or_manager().kill()
+    assert process.wait(timeout=60) == 1
+    assert "ended by SIGKILL" in log.read_text() and "manager" in log.read_text()
     assert wait_until_gone(run_dir) == []
     saved = in_flight(run_dir, 2)
     assert len(saved.groups) == PROMPTS

@@ -68,7 +68,7 @@ class RolloutConfig:
     max_concurrent_episodes: int = 1024
     engine_args: list[str] = field(default_factory=list[str])
     """Further arguments for SGLang's server, as it spells them."""
-    stream_tokens: int = 32
+    stream_tokens: int = 128
     """Engines report what they sample each time it is so many tokens, so that nothing more is lost
     with an engine; 0: when a turn is complete."""
     request_timeout_s: float = 600.0

@@ -121,7 +121,8 @@ class WeightSyncConfig:
     """Deadline of every wait of a push: the group's forming, a pause, each bucket (with `disk`: the
     loading), the comparison, and the resumption. Colocated: also until memory is free."""
     retries: int = 1
-    """How often a push that failed is tried again, with the engines that still answer."""
+    """How often a push that failed is tried again, with the engines that still answer. Not with
+    colocated engines, nor where several pipeline stages send."""
     answer_timeout_s: float = 10.0
     """After a failed push an engine that does not answer inside this is started anew."""
 

@@ -20,7 +20,7 @@ from megatron_matpo.weight_sync.layout import EngineLayout, EngineShape
 
 SAMPLE_PUSHES = 8
 """With `sample`, this many pushes in a row compare every parameter once."""
-_HINT = "; engines that quantise or rearrange weights need weight_sync.verify=version"
+_HINT = "; engines that rearrange weights need weight_sync.verify=version"
 _log = logging.getLogger(__name__)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 from megatron_matpo.launch.ports import free_ports
 from megatron_matpo.rollout.engine_client import EngineClient
@@ -19,6 +20,16 @@ from megatron_matpo.rollout.engine_command import EngineSpec, engine_command
 ROLLOUT_PYTHON = Path(__file__).parents[2] / ".venv-rollout" / "bin" / "python"
 KEY = "a-key-of-these-servers"
 START_LIMIT_S = 300.0
+
+
+def server_marks(timeout_s: int) -> list[pytest.MarkDecorator]:
+    """What a file of tests with such servers sets as `pytestmark`."""
+    return [
+        pytest.mark.smoke,
+        pytest.mark.slow,
+        pytest.mark.timeout(timeout_s),
+        pytest.mark.skipif(not ROLLOUT_PYTHON.exists(), reason="no .venv-rollout: run make setup"),
+    ]
 
 
 @dataclass(frozen=True)

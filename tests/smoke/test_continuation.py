@@ -26,19 +26,20 @@ from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.rollout.routing import Router
 from megatron_matpo.rollout.sglang_router.process import sglang_router
 from megatron_matpo.types import VersionSpan
-from tests.helpers.sglang_servers import KEY, ROLLOUT_PYTHON, SglangServer, sglang_servers
+from tests.helpers.sglang_servers import (
+    KEY,
+    ROLLOUT_PYTHON,
+    SglangServer,
+    server_marks,
+    sglang_servers,
+)
 from tests.helpers.tiny import make_tiny_model
 
 LIMIT_S = 60.0
 MAX_TOKENS = 600
 PROMPTS = [[5, 6, 7 + i] for i in range(4)]
 
-pytestmark = [
-    pytest.mark.smoke,
-    pytest.mark.slow,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(not ROLLOUT_PYTHON.exists(), reason="no .venv-rollout: run make setup"),
-]
+pytestmark = server_marks(400)
 
 
 @dataclass

@@ -32,19 +32,14 @@ from megatron_matpo.weight_sync.shared_buffers import HostBuffer
 from megatron_matpo.weight_sync.transaction import Transaction
 from megatron_matpo.weight_sync.transport import Transport
 from megatron_matpo.weight_sync.verify import Verifier
-from tests.helpers.sglang_servers import ROLLOUT_PYTHON, SglangServer, sglang_servers
+from tests.helpers.sglang_servers import SglangServer, server_marks, sglang_servers
 from tests.helpers.tiny import make_tiny_model
 
 SHAPE = EngineShape(num_ranks=1, num_kv_heads=2, dtype=torch.float32, on_cpu=True)
 LIMIT_S = 60.0
 SHORT_LIMIT_S = 6.0
 
-pytestmark = [
-    pytest.mark.smoke,
-    pytest.mark.slow,
-    pytest.mark.timeout(400),
-    pytest.mark.skipif(not ROLLOUT_PYTHON.exists(), reason="no .venv-rollout: run make setup"),
-]
+pytestmark = server_marks(400)
 
 
 @dataclass

@@ -142,7 +142,13 @@ def _manager(config: Config, plan: Plan, run_dir: Path, own: RunSecrets) -> Role
         argv=(sys.executable, "-m", "megatron_matpo.rollout.manager", "--run-dir", str(run_dir)),
         env={**os.environ, **_secret_env(own)},
         is_ready=lambda: manager_is_ready(plan.manager_url, own.run_token),
+        stop_signal=_stop_signal(config),
     )
+
+
+def _stop_signal(config: Config) -> int:
+    """Of what a save needs: a scheduler's SIGTERM must not end it."""
+    return signal.SIGINT if config.run.save_on_stop else signal.SIGTERM
 
 
 def _evaluation(config: Config, run_dir: Path, own: RunSecrets) -> RoleSpec:
@@ -169,7 +175,7 @@ def _trainer(
         ends_run=is_leader,
         may_end=not is_leader,
         is_needed_to_save=True,
-        stop_signal=signal.SIGINT if config.run.save_on_stop else signal.SIGTERM,
+        stop_signal=_stop_signal(config),
     )
 
 

@@ -2,8 +2,8 @@
 
 Reads `RUN/config.yaml` and `RUN/plan.json`; listens on the plan's manager address. Environment:
 `MATPO_RUN_TOKEN` (what clients have to show) and `MATPO_ENGINE_KEY` (what the engines ask for);
-neither is ever logged. SIGTERM and SIGINT end it with exit code 0, its tool servers stopped; a
-failure ends it with one line on stderr and the error's exit code.
+neither is ever logged. SIGINT and, without `run.save_on_stop`, SIGTERM end it with exit code 0, its
+tool servers stopped; a failure ends it with one line on stderr and the error's exit code.
 """
 
 from __future__ import annotations
@@ -228,8 +228,12 @@ async def _serve_until_signal(
             stopping = True
             task.cancel()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, stop)
+    # A scheduler sends it to every process of a job. The trainer will ask for the groups in flight
+    # to save them. Not SIG_IGN, which tool servers would inherit.
+    save_on_stop = config.run.save_on_stop
+    loop.add_signal_handler(signal.SIGTERM, (lambda: None) if save_on_stop else stop)
     try:
         await task
     except asyncio.CancelledError:

@@ -239,8 +239,8 @@ class Run:
     def stop_early(self, progress: Progress) -> None:
         """Save what is not saved yet, and close everything; the same command goes on from here.
 
-        A scheduler that stops a job may have ended the manager before: the weights are saved
-        nevertheless, and the questions in flight are lost.
+        If the manager does not answer any more, the weights are saved nevertheless, and the
+        questions in flight are lost.
         """
         if progress.step > self.saved_step:
             try:

@@ -1,10 +1,14 @@
 """Asynchronous rollout with real servers: the quickstart with `rollout.max_staleness=1`.
 
 Proves: pushes meet generations, every token is at most one version old, those of the trained
-weights agree with the trainer, and a killed run goes on with the groups that its checkpoint holds:
-no question is lost or trained twice.
+weights agree with the trainer; a run that is killed, or preempted by signals to all of its
+processes, goes on with the groups that its checkpoint holds; one whose engine is killed goes on
+with the others: no question is lost or trained twice.
 """
 
+import signal
+
+import psutil
 import pytest
 
 from megatron_matpo.config.load import load_recipe
@@ -106,3 +110,41 @@ def test_a_run_whose_manager_is_killed_stops_with_its_name_and_goes_on_with_what
     again = {e.id: e for b in batches for group in b.groups for e in group.episodes}
     for identity, episode in finished.items():
         assert again[identity].planner == episode.planner, "it was not sampled again"
+
+
+def test_a_run_that_a_scheduler_preempts_has_what_was_in_flight_in_its_checkpoint(tmp_path):
+    command = asynchronous(tmp_path, "preempted", "checkpoint.every=0", "run.save_on_stop=true")
+    run_dir, log = tmp_path / "preempted", tmp_path / "out.log"
+    process = start_matpo(*command, log=log)
+    wait_for_step(run_dir, 2, timeout_s=240)
+    # As Slurm does: the signal goes to all processes of the job step at once.
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
+        victim.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, log.read_text()
+    assert wait_until_gone(run_dir) == []
+    step = int((run_dir / "checkpoints" / "latest").read_text().removeprefix("step_"))
+    assert 2 <= step < STEPS
+    saved = in_flight(run_dir, step)
+    assert saved.groups
+    done = run_matpo(*command)
+    assert done.returncode == 0, done.stdout
+    batches = trained(run_dir)
+    assert_each_question_once(batches, in_flight(run_dir, STEPS))
+    assert {group.uid for group in saved.groups} <= uids_of(batches[step:]), "they went on"
+
+
+def test_a_killed_engine_costs_no_episode_of_a_run_ahead(tmp_path):
+    more = ("rollout.num_servers=2", "rollout.restart_backoff_s=0.5")
+    command = asynchronous(tmp_path, "engine", "checkpoint.every=2", *more)
+    run_dir, log = tmp_path / "engine", tmp_path / "out.log"
+    process = start_matpo(*command, log=log)
+    wait_for_step(run_dir, 2, timeout_s=240)
+    LiveFleet(run_dir).engine(0).kill()
+    assert process.wait(timeout=400) == 0, log.read_text()
+    assert "ended by SIGKILL" in log.read_text()
+    assert wait_until_gone(run_dir) == []
+    batches = trained(run_dir)
+    for batch in batches:
+        assert versions_of(batch) <= {batch.policy_version, batch.policy_version - 1}
+        assert not [e.failure for group in batch.groups for e in group.episodes if e.failure]
+    assert_each_question_once(batches, in_flight(run_dir, STEPS))

@@ -31,7 +31,8 @@ def test_metrics_are_complete_and_the_policies_agree(live_run):
         assert line["mismatch/abs_logprob"] < 1e-4
         assert line["mismatch/abs_logprob"] > 0, "two implementations never agree to the last bit"
         assert line["policy/ratio"] == pytest.approx(1.0, abs=1e-6)
-        assert line["optim/grad_norm"] > 0
+        # Two groups can both be of equal rewards, and teach nothing.
+        assert (line["optim/grad_norm"] > 0) == (line["advantage/zero_groups"] < 1)
         assert line["tokens/trained"] > 0
 
 

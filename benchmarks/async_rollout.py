@@ -40,8 +40,6 @@ import asyncio
 import contextlib
 import json
 import math
-import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -49,7 +47,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +56,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a file: `benchmarks` is no installed package
 
 from benchmarks.decoding_engine import Rates  # noqa: E402
+from benchmarks.played_episodes import (  # noqa: E402
+    PLANNER,
+    SAMPLES,
+    TIME_SCALE,
+    TOKEN_SCALE,
+    WORKER,
+    Played,
+    Script,
+    SleepingTools,
+)
 from benchmarks.scripted_engine import write_model_folder  # noqa: E402
 from megatron_matpo.agents.sampling import Sampler  # noqa: E402
-from megatron_matpo.agents.tools import ToolReply, ToolSpec  # noqa: E402
 from megatron_matpo.config.agents import AgentConfig  # noqa: E402
 from megatron_matpo.config.data import DataConfig  # noqa: E402
 from megatron_matpo.config.rollout import RolloutConfig  # noqa: E402
@@ -73,30 +79,18 @@ from megatron_matpo.data.tokenizer import Tokenizer  # noqa: E402
 from megatron_matpo.rollout.collect import RolloutManager  # noqa: E402
 from megatron_matpo.rollout.engine_client import EngineClient  # noqa: E402
 from megatron_matpo.rollout.fleet import Fleet  # noqa: E402
-from megatron_matpo.rollout.generation import Generation, SamplingParams  # noqa: E402
+from megatron_matpo.rollout.generation import SamplingParams  # noqa: E402
 from megatron_matpo.rollout.routing import Router  # noqa: E402
-from megatron_matpo.simulation.draws import ASSUMED_LENGTHS  # noqa: E402
-from megatron_matpo.simulation.episodes import Agent, Turn, all_agents  # noqa: E402
-from megatron_matpo.simulation.lengths import Drawer, Lengths  # noqa: E402
-from megatron_matpo.simulation.rates import read_section  # noqa: E402
-from megatron_matpo.types import PolicyVersion, RolloutBatch, VersionSpan  # noqa: E402
+from megatron_matpo.types import PolicyVersion, RolloutBatch  # noqa: E402
 
-TIME_SCALE = 40.0
-TOKEN_SCALE = 8
 NUM_ENGINES, SLOTS = 2, 64
-PROMPTS, SAMPLES = 16, 8
+PROMPTS = 16
 BASE_S, PER_SEQUENCE_S = 0.01666, 0.000289
 """Of recipe time: 59 tokens/s alone and 1235 with 32 sequences."""
 PUSH_S = 4.4
 ROLLOUT_SHARE = 0.7
 EPISODES_PER_SLOT = 1.5
 """Episodes that run at the same time, per place of an engine: some wait for tools and workers."""
-PLANNER, WORKER = "planner", "browser"
-_QUESTION = re.compile(r"Question (\d+):")
-_CALL = (
-    "\n<use_mcp_tool>\n<server_name>{server}</server_name>\n<tool_name>{tool}</tool_name>\n"
-    "<arguments>\n{arguments}\n</arguments>\n</use_mcp_tool>"
-)
 
 
 def make_config(folder: str, rollout: Mapping[str, Any]) -> Config:
@@ -116,103 +110,6 @@ def make_config(folder: str, rollout: Mapping[str, Any]) -> Config:
         },
         obs=ObsConfig(record_rollouts=False, trace_every=0),
     )
-
-
-class Script:
-    """What every episode does: a function of seed, question and sample alone."""
-
-    def __init__(self, seed: int, config: Config) -> None:
-        """`config` has the limits of the agents."""
-        self._seed = seed
-        lengths = read_section(Lengths, str(ASSUMED_LENGTHS), "--lengths")
-        drawer = Drawer(lengths, config)
-        self.episode = lru_cache(maxsize=None)(
-            lambda question, sample: drawer.episode(
-                random.Random(f"{self._seed}/{question}/{sample}")
-            )
-        )
-
-    def agent(self, question: int, conversation: str) -> Agent:
-        """The planner `UID.SAMPLE.p`, or the worker `UID.SAMPLE.wN`."""
-        _, sample, name = conversation.rsplit(".", 2)
-        planner = self.episode(question, int(sample))
-        if name == "p":
-            return planner
-        return [worker for turn in planner.turns for worker in turn.workers][int(name[1:])]
-
-    def num_tokens(self, questions: Sequence[int]) -> int:
-        """That engines sample for these questions."""
-        episodes = [self.episode(q, sample) for q in questions for sample in range(SAMPLES)]
-        return sum(
-            _scaled(turn.num_tokens) for agent in all_agents(episodes) for turn in agent.turns
-        )
-
-
-def _scaled(num_tokens: int) -> int:
-    return max(1, round(num_tokens / TOKEN_SCALE))
-
-
-def _said(turn: Turn) -> str:
-    """The calls that a turn ends with, or the answer."""
-    calls = [
-        _CALL.format(server="web", tool="search", arguments=json.dumps({"q": "it", "wait_s": s}))
-        for s in turn.tools_s
-    ]
-    calls += [
-        _CALL.format(
-            server=WORKER, tool="search_and_browse", arguments=json.dumps({"subtask": "Find it."})
-        )
-        for _ in turn.workers
-    ]
-    return "".join(calls) or "\nThe answer is \\boxed{Ada}."
-
-
-class Played:
-    """A policy that says what the script wants: lengths go to the engine, words are put behind."""
-
-    def __init__(
-        self, inner: Sampler, script: Script, tokenizer: Tokenizer, places: dict[str, int]
-    ) -> None:
-        """`places` remembers the question of every episode, and is shared."""
-        self._inner, self._script, self._tokenizer = inner, script, tokenizer
-        self._end = tokenizer.encode("<|im_end|>")
-        self._questions = places
-        self._turns: dict[str, int] = {}
-
-    async def sample(self, ids: Sequence[int], max_tokens: int, conversation_id: str) -> Generation:
-        """As `Sampler.sample`."""
-        episode = conversation_id.rpartition(".")[0]
-        if episode not in self._questions:
-            found = _QUESTION.search(self._tokenizer.decode(ids))
-            assert found is not None, "an episode begins with its planner"
-            self._questions[episode] = int(found[1])
-        number = self._turns.get(conversation_id, 0)
-        self._turns[conversation_id] = number + 1
-        turn = self._script.agent(self._questions[episode], conversation_id).turns[number]
-        wanted = _scaled(turn.num_tokens)
-        sampled = await self._inner.sample(ids, wanted, conversation_id)
-        words = [*self._tokenizer.encode(_said(turn)), *self._end]
-        return Generation(
-            token_ids=type(sampled.token_ids)("i", [*sampled.token_ids, *words]),
-            logprobs=type(sampled.logprobs)("f", [*sampled.logprobs, *[-1.0] * len(words)]),
-            finish_reason="stop",
-            versions=(*sampled.versions, VersionSpan(sampled.versions[-1].version, len(words))),
-        )
-
-
-class SleepingTools:
-    """One tool that takes as long as it is told to."""
-
-    def specs(self) -> list[ToolSpec]:
-        """As `ToolBox.specs`."""
-        kinds = {"q": {"type": "string"}, "wait_s": {"type": "number"}}
-        schema = {"type": "object", "properties": kinds, "required": ["q", "wait_s"]}
-        return [ToolSpec("web", "search", "Search the web.", schema)]
-
-    async def call(self, server: str, tool: str, arguments: dict[str, Any]) -> ToolReply:
-        """As `ToolBox.call`."""
-        await asyncio.sleep(arguments["wait_s"] / TIME_SCALE)
-        return ToolReply("Nothing new. " * 8, False)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,10 @@ medians over --pushes, before each of which the raw broadcast is timed:
 
 The export gives tensors that are in memory, as the trainer's does where nothing is gathered. This
 process has the environment of a trainer rank on a CPU (`KEEP_FREED_MEMORY`).
+
+Between processes of one machine sending is hardly slower than copying, so whatever copies looks
+expensive. With `--link-gbit N` (as root) everything happens in a network namespace whose loopback
+carries N Gbit/s, and the link is the limit, as it is between nodes.
 """
 
 from __future__ import annotations
@@ -62,6 +66,8 @@ from tests.helpers.sglang_servers import SglangServer, sglang_servers  # noqa: E
 
 LIMIT_S = 300.0
 KV_HEADS = 16
+IS_LIMITED = "MATPO_BENCHMARK_LINK"
+"""Set in the environment of the process that has its network."""
 
 
 def write_config(folder: Path, hidden: int, layers: int) -> None:
@@ -189,13 +195,28 @@ def main() -> None:
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--transports", nargs="+", default=["broadcast", "ipc", "disk"])
     parser.add_argument("--verify", choices=("full", "sample", "version"), default="sample")
+    parser.add_argument("--link-gbit", type=float, default=0.0, help="0: no limit")
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     options = parser.parse_args()
+    prepare_process(options.link_gbit)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         result = run(Path(name), options)
     if options.json:
         print(json.dumps(result))
+
+
+def prepare_process(link_gbit: float) -> None:
+    """Start this program anew where its environment or its network is not what is wanted."""
+    env = {**os.environ, **KEEP_FREED_MEMORY}
+    if link_gbit and IS_LIMITED not in os.environ:
+        limit = f"ip link set lo up && tc qdisc add dev lo root tbf rate {link_gbit}gbit"
+        script = f'{limit} burst 1mb latency 50ms && exec "$@"'
+        command = ["unshare", "--net", "sh", "-c", script, "sh", sys.executable, *sys.orig_argv[1:]]
+        os.execvpe(command[0], command, {**env, IS_LIMITED: "1"})
+    if not env.items() <= os.environ.items():
+        # The allocator reads its settings once, when a process starts.
+        os.execve(sys.executable, sys.orig_argv, env)
 
 
 def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +255,7 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "bytes": sum(bucket.nbytes for bucket in buckets),
         "verify": options.verify,
+        "link_gbit": options.link_gbit,
         **{name: {} for name in options.transports},
     }
     versions = itertools.count(1)
@@ -251,7 +273,4 @@ def run(root: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if not KEEP_FREED_MEMORY.items() <= os.environ.items():
-        # The allocator reads its settings once, when a process starts.
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, **KEEP_FREED_MEMORY})
     main()

@@ -17,9 +17,13 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 PolicyVersion = int
 """Number of weight pushes of this run that produced the weights: 0 is the initial model."""
+PauseMode = Literal["abort", "retract", "in_place"]
+"""What a paused engine does with running requests: ends them with what they have, queues them anew,
+or freezes them."""
 
 
 class Role(StrEnum):

@@ -10,7 +10,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
@@ -23,8 +23,7 @@ from megatron_matpo.rollout.generation import (
     SamplingParams,
     request_body,
 )
-
-PauseMode = Literal["abort", "retract", "in_place"]
+from megatron_matpo.types import PauseMode
 
 _POLL_S = 0.25
 _HEALTH_LIMIT_S = 10.0

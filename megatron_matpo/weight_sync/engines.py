@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Literal, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 from megatron_matpo.errors import EngineError, EngineRejected, WeightSyncError
+from megatron_matpo.types import PauseMode
 
 T = TypeVar("T")
-PauseMode = Literal["abort", "retract", "in_place"]
-"""As `rollout.engine_client.PauseMode`."""
 BLAME_S = 2.0
 """After a first failure the others get so long to fail too: an engine that dies in a collective
 breaks it for its neighbours, whose errors may come first."""

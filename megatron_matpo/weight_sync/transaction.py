@@ -25,8 +25,8 @@ import time
 from collections.abc import Sequence
 
 from megatron_matpo.errors import EngineTimeout, WeightSyncError
-from megatron_matpo.types import PolicyVersion
-from megatron_matpo.weight_sync.engines import EngineControl, Engines, PauseMode
+from megatron_matpo.types import PauseMode, PolicyVersion
+from megatron_matpo.weight_sync.engines import EngineControl, Engines
 from megatron_matpo.weight_sync.membership import FixedMembership, Member, Recovery, Which
 from megatron_matpo.weight_sync.memory import EngineMemory
 from megatron_matpo.weight_sync.transport import Export, PushReport, Transport

@@ -62,7 +62,8 @@ def trace_events(files: Sequence[StoredSpans]) -> dict[str, Any]:
     zero_us = min((item.span.start_us for item in placed), default=0)
     processes = {name: pid for pid, name in enumerate(_processes(placed), 1)}
     tracks = sorted({_track(item) for item in placed})
-    tids = {track: tid for tid, track in enumerate(tracks, 1)}
+    # Perfetto takes the track whose number is its process's for a main thread, and shows it first.
+    tids = {track: tid for tid, track in enumerate(tracks, len(processes) + 1)}
     events = [_meta("process_name", pid, 0, name=name) for name, pid in processes.items()]
     events += [_meta("process_sort_index", pid, 0, sort_index=pid) for pid in processes.values()]
     for track, tid in tids.items():

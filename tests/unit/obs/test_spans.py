@@ -250,6 +250,9 @@ def test_the_trace_is_in_the_viewers_format(tmp_path: Path) -> None:
     episodes = [e for e in trace["traceEvents"] if e["name"] == "episode"]
     assert {e["args"]["episode"] for e in episodes} == {"train-1-0.0", "train-1-1.0"}
     assert len({e["tid"] for e in episodes}) == 1
+    # Perfetto shows a track whose number is its process's as a main thread, before the others.
+    numbers = {(e["pid"], e["tid"]) for e in trace["traceEvents"] if e["ph"] == "X"}
+    assert all(pid != tid for pid, tid in numbers)
 
 
 def test_a_step_without_spans_is_an_error_that_names_the_others(tmp_path: Path) -> None:

@@ -124,7 +124,13 @@ async def _start_router(
 ) -> tuple[EngineClient, BehindRouter]:
     """SGLang's router as the one engine that is asked, and the fleet behind it."""
     rollout, log = config.rollout, run_dir / "logs" / "router.log"
-    starting = sglang_router(rollout.python, plan.manager_host, engine_key, log)
+    starting = sglang_router(
+        rollout.python,
+        plan.manager_host,
+        engine_key,
+        log,
+        start_timeout_s=config.run.start_timeout_s,
+    )
     control = await stack.enter_async_context(starting)
     client = EngineClient(control.url, engine_key, request_timeout_s=rollout.request_timeout_s)
     stack.push_async_callback(client.close)

@@ -127,7 +127,8 @@ def test_sglangs_router_sends_to_the_engines_it_was_told_of(site: Site, tmp_path
 
     async def run() -> None:
         log = tmp_path / "router.log"
-        async with sglang_router(str(ROLLOUT_PYTHON), "127.0.0.1", KEY, log) as router:
+        starting = sglang_router(str(ROLLOUT_PYTHON), "127.0.0.1", KEY, log, start_timeout_s=60)
+        async with starting as router:
             client = EngineClient(router.url, KEY)
             with pytest.raises(EngineRejected, match="HTTP 503"):
                 await client.generate([5, 6], SamplingParams(4))

@@ -21,7 +21,6 @@ from megatron_matpo.errors import EngineError, EngineTimeout, EngineUnreachable
 from megatron_matpo.rollout.engine_http import EngineHttp
 
 SERVE = Path(__file__).with_name("serve.py")
-_START_LIMIT_S = 60.0
 _REQUEST_LIMIT_S = 10.0
 _WORKER_LIMIT_S = 40.0
 _POLL_S = 0.1
@@ -68,13 +67,13 @@ class RouterControl(EngineHttp):
 
 @asynccontextmanager
 async def sglang_router(
-    python: str, host: str, key: str, log: Path
+    python: str, host: str, key: str, log: Path, *, start_timeout_s: float
 ) -> AsyncIterator[RouterControl]:
     """Start the router on a free port of `host`, without workers; it ends with the block.
 
     Raises:
         EngineUnreachable: it ended at once; `log` says why.
-        EngineTimeout: it does not answer after a minute.
+        EngineTimeout: it does not answer inside `start_timeout_s` (`run.start_timeout_s`).
     """
     ports = _free_ports(host)
     argv = [python, str(SERVE), host, *map(str, ports), str(os.getpid())]
@@ -89,7 +88,7 @@ async def sglang_router(
         )
     control = RouterControl(f"http://{host}:{ports[0]}", key)
     try:
-        await _wait_until_it_answers(control, process, log)
+        await _wait_until_it_answers(control, process, log, start_timeout_s)
         yield control
     finally:
         await control.close()
@@ -99,9 +98,9 @@ async def sglang_router(
 
 
 async def _wait_until_it_answers(
-    control: RouterControl, process: asyncio.subprocess.Process, log: Path
+    control: RouterControl, process: asyncio.subprocess.Process, log: Path, limit_s: float
 ) -> None:
-    end = time.monotonic() + _START_LIMIT_S
+    end = time.monotonic() + limit_s
     while True:
         try:
             await control.workers()
@@ -112,7 +111,10 @@ async def _wait_until_it_answers(
                     f"SGLang's router ended with code {process.returncode}; see {log}"
                 ) from error
             if time.monotonic() > end:
-                raise EngineTimeout(f"SGLang's router: no answer after 60 s ({error})") from error
+                raise EngineTimeout(
+                    f"SGLang's router: no answer inside run.start_timeout_s={limit_s:g}: {error}; "
+                    f"see {log}"
+                ) from error
         await asyncio.sleep(_POLL_S)
 
 

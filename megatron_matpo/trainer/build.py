@@ -166,11 +166,5 @@ def build_sync(
 
 
 def _retries(config: Config) -> int:
-    """How often a push may be tried again.
-
-    Not by colocated engines: what they hold is one state for all. Nor with pipeline stages that
-    send themselves: after a failure an answer to an earlier question may still be on its way.
-    """
-    by_stage = config.transport in ("broadcast", "none") and config.parallel.pipeline > 1
-    is_shared = config.cluster.placement == "colocated"
-    return 0 if by_stage or is_shared else config.weight_sync.retries
+    """How often a push may be tried again; not by colocated engines, whose state is one for all."""
+    return 0 if config.cluster.placement == "colocated" else config.weight_sync.retries

@@ -16,8 +16,9 @@ from megatron_matpo.megatron.parallel import ParallelState
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport, Follow, only_export
 from megatron_matpo.weight_sync.disk import DiskTransport
 from megatron_matpo.weight_sync.ipc import IpcTransport, TrainerRanks
+from megatron_matpo.weight_sync.remote_stages import RemoteStage, StageFollower
 from megatron_matpo.weight_sync.shared_buffers import DeviceBuffer, HostBuffer
-from megatron_matpo.weight_sync.stages import LocalStage, RemoteStage, StageFollower
+from megatron_matpo.weight_sync.stages import LocalStage
 from megatron_matpo.weight_sync.transport import Export, Transport
 from megatron_matpo.weight_sync.verify import Verifier
 

@@ -22,7 +22,8 @@ from megatron_matpo.obs.spans import RECEIVE, span
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.buckets import Bucket
 from megatron_matpo.weight_sync.engines import Engines
-from megatron_matpo.weight_sync.stages import LocalStage, Meeting, RemoteStage, Stage
+from megatron_matpo.weight_sync.remote_stages import RemoteStage
+from megatron_matpo.weight_sync.stages import LocalStage, Meeting, Stage
 
 Follow = Callable[[Iterator[tuple[str, Tensor]]], None]
 
@@ -115,7 +116,10 @@ class BroadcastTransport:
             WeightSyncError: names the bucket, and who failed or is late.
         """
         with self._telling_others():
-            return await self._deliver(version, engines)
+            num_bytes = await self._deliver(version, engines)
+            ends = {stage.who: stage.end() for stage in self._others}
+            await engines.together("ending the push", ends)
+        return num_bytes
 
     async def _deliver(self, version: PolicyVersion, engines: Engines) -> int:
         bucket, self._first = self._first, None
@@ -142,10 +146,14 @@ class BroadcastTransport:
         await engines.together(f"bucket {index - 1}, the last one", before)
         return num_bytes
 
-    async def abandon(self) -> None:
-        """Leave the group, and see the export to its end; other senders have been told to."""
+    async def abandon(self, engines: Engines) -> None:
+        """Leave the groups, and see the export to its end, on all senders."""
         self._first = None
+        for stage in self._others:
+            stage.tell_abandoned("engines could not be reached")  # unless it knows more
         await self._local.abandon()
+        waits = {stage.who: stage.abandon() for stage in self._others}
+        await engines.together("ending a failed push", waits)
 
     def follow(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         """See `Transport.follow`."""
@@ -170,7 +178,7 @@ class BroadcastTransport:
             yield
         except WeightSyncError as error:
             for stage in self._others:
-                stage.abandon(str(error))
+                stage.tell_abandoned(str(error))
             raise
 
     def _name(self, number: int) -> str:

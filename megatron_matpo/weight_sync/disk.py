@@ -86,7 +86,7 @@ class DiskTransport:
         for _ in tensors:
             pass
 
-    async def abandon(self) -> None:
+    async def abandon(self, engines: Engines) -> None:
         """Nothing is under way: the export ended in `prepare`."""
 
     async def close(self) -> None:

@@ -144,7 +144,7 @@ class IpcTransport:
             pass
         self._rest()
 
-    async def abandon(self) -> None:
+    async def abandon(self, engines: Engines) -> None:
         """See the export to its end: every rank that writes waits for the others in it."""
         self._first = None
 

@@ -1,31 +1,25 @@
 """Who sends: the first rank of every pipeline stage, through a group of its own with all engines.
 
-So no stage's tensors pass through another rank. Rank 0 talks to the engines and says who is next
-(`RemoteStage`), the others do as they are told (`StageFollower`) over a group of the senders
-(`Channel`).
+So no stage's tensors pass through another rank. Rank 0 talks to the engines and says who is next;
+how it reaches the senders of later stages is in `remote_stages.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from megatron_matpo.errors import WeightSyncError
 from megatron_matpo.weight_sync.buckets import Bucket, make_buckets
-from megatron_matpo.weight_sync.engines import BLAME_S, SLACK_S
 from megatron_matpo.weight_sync.group import form_group, leave_group, open_store
-from megatron_matpo.weight_sync.verify import Verifier
 
 T = TypeVar("T")
 POLL_S = 0.002
@@ -146,182 +140,6 @@ class LocalStage:
     def close(self) -> None:
         """End the exporting thread once it is idle."""
         self._exporter.shutdown(wait=False, cancel_futures=True)
-
-
-class Channel:
-    """JSON between two senders over a gloo group; every wait ends with the group's timeout."""
-
-    def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
-        """`peer` is a rank of the whole trainer."""
-        self._group, self._peer = group, peer
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Blocks until it is under way."""
-        data = torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
-        dist.send(torch.tensor([data.numel()]), self._peer, group=self._group)
-        dist.send(data, self._peer, group=self._group)
-
-    def tell(self, message: dict[str, Any]) -> asyncio.Future[None]:
-        """Send it, from a thread; a peer that is gone need not know."""
-
-        def send() -> None:
-            with suppress(RuntimeError):
-                self.send(message)
-
-        return in_daemon_thread(send)
-
-    def receive(self) -> dict[str, Any]:
-        """Blocks until one came."""
-        size = torch.zeros(1, dtype=torch.int64)
-        dist.recv(size, self._peer, group=self._group)
-        data = torch.empty(int(size), dtype=torch.uint8)
-        dist.recv(data, self._peer, group=self._group)
-        return json.loads(data.numpy().tobytes())
-
-
-class RemoteStage:
-    """Another rank as a sender; it has a `StageFollower`."""
-
-    def __init__(self, rank: int, group: dist.ProcessGroup, verifier: Verifier) -> None:
-        """`verifier` gets the checksums that the rank computes of what it sends."""
-        self.who = f"trainer rank {rank}"
-        self._channel, self._verifier = Channel(group, rank), verifier
-        self._one_at_a_time = asyncio.Lock()
-
-    async def form(self, meeting: Meeting) -> None:
-        """See `Stage.form`."""
-        await self._ask("form", **asdict(meeting))
-
-    async def next(self) -> Bucket | None:
-        """See `Stage.next`."""
-        answer = await self._ask("next")
-        if answer["bucket"] is None:
-            self._verifier.expect(answer["expected"])
-            return None
-        return Bucket(**answer["bucket"], parts=())
-
-    async def send(self) -> None:
-        """See `Stage.send`."""
-        await self._ask("send")
-
-    def abandon(self, why: str) -> None:
-        """Tell the rank that the push failed, without waiting for it."""
-        self._channel.tell({"do": "abandon", "why": why})
-
-    async def _ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
-        def exchange() -> dict[str, Any]:
-            self._channel.send({"do": verb, **arguments})
-            return self._channel.receive()
-
-        async with self._one_at_a_time:
-            try:
-                answer = await in_daemon_thread(exchange)
-            except RuntimeError as error:
-                raise WeightSyncError(f"{self.who} is gone: {error}") from error
-        if "error" in answer:
-            # Who sends is in the name of a wait for that; which stage is next is not.
-            who = f"{self.who}: " if verb == "next" else ""
-            raise WeightSyncError(f"{who}{answer['error']}")
-        return answer
-
-
-class StageFollower:
-    """The part of a later stage's sender in a push: `BroadcastTransport.follow` of that rank."""
-
-    def __init__(
-        self, stage: LocalStage, group: dist.ProcessGroup, verifier: Verifier, timeout_s: float
-    ) -> None:
-        """`group` is that of all senders, whose rank 0 leads; `timeout_s` bounds every verb."""
-        self._stage, self._channel = stage, Channel(group, 0)
-        self._verifier, self._timeout_s = verifier, timeout_s
-
-    def __call__(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        """Do what rank 0 asks until all tensors are sent.
-
-        Raises:
-            WeightSyncError: a verb failed or took too long, the push failed elsewhere, or rank 0
-                is gone. The export has ended then.
-        """
-        asyncio.run(self._serve_or_end(tensors))
-
-    async def _serve_or_end(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        try:
-            await self._serve(tensors)
-        except WeightSyncError:
-            # Its collectives are those of other ranks, too.
-            await self._stage.abandon()
-            raise
-
-    async def _serve(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        self._stage.begin(self._verifier.watch(tensors))
-        # Always one ahead of what rank 0 asks for, as rank 0's own export is.
-        ahead = asyncio.ensure_future(self._stage.next())
-        heard = self._hear()
-        while True:
-            request = await heard
-            verb = request.pop("do")
-            if verb == "next":
-                doing = asyncio.ensure_future(self._described(ahead))
-            elif verb == "send":
-                doing = asyncio.ensure_future(self._stage.send())
-                # It waits for engines, which rank 0 may know to be gone; and it is never the last.
-                heard = self._hear()
-            else:
-                assert verb == "form", verb
-                doing = asyncio.ensure_future(self._stage.form(Meeting(**request)))
-            answer = await self._result(verb, doing, heard)
-            await in_daemon_thread(lambda answer=answer: self._channel.send(answer))
-            if verb == "next":
-                if answer["bucket"] is None:
-                    return
-                ahead = asyncio.ensure_future(self._stage.next())
-            if verb != "send":
-                heard = self._hear()
-
-    async def _described(self, ahead: asyncio.Future[Bucket | None]) -> dict[str, Any]:
-        if (bucket := await ahead) is None:
-            return {"bucket": None, "expected": self._verifier.expected}
-        fields = asdict(replace(bucket, parts=()))
-        del fields["parts"]
-        return {"bucket": fields}
-
-    async def _result(
-        self,
-        verb: str,
-        doing: asyncio.Future[Any],
-        heard: asyncio.Future[dict[str, Any]],
-    ) -> dict[str, Any]:
-        # Rank 0 knows more of a late one, so its deadline is the first to pass.
-        waits: set[asyncio.Future[Any]] = {doing} if heard.done() else {doing, heard}
-        limit_s = self._timeout_s + SLACK_S
-        await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            doing.cancel()
-            if heard in waits and heard.done():
-                heard.result()
-        try:
-            return await doing or {}
-        except (Exception, asyncio.CancelledError) as error:
-            late = f"not done after {self._timeout_s:g} s (weight_sync.timeout_s)"
-            text = f"{verb}: {str(error) or late}"
-            # This process may end with the error, and its connections with it.
-            await asyncio.wait([self._channel.tell({"error": text})], timeout=BLAME_S)
-            raise WeightSyncError(f"{self._stage.who}: {text}") from error
-
-    def _hear(self) -> asyncio.Future[dict[str, Any]]:
-        """What rank 0 says next; its saying that the push failed is an error."""
-
-        async def hear() -> dict[str, Any]:
-            who = self._stage.who
-            try:
-                request = await in_daemon_thread(self._channel.receive)
-            except RuntimeError as error:
-                raise WeightSyncError(f"{who}: no word from trainer rank 0: {error}") from error
-            if request["do"] == "abandon":
-                raise WeightSyncError(f"{who}: the push failed elsewhere: {request['why']}")
-            return request
-
-        return asyncio.ensure_future(hear())
 
 
 def _exhaust(buckets: Iterator[Bucket]) -> None:

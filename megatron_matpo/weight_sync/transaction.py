@@ -35,6 +35,7 @@ from megatron_matpo.weight_sync.verify import Verifier
 _log = logging.getLogger(__name__)
 
 _NOBODY, _GO, _GO_FIRST, _DONE, _AGAIN = b"nobody", b"go", b"go, first weights", b"done", b"again"
+_UNDELIVERED = ("connect", "pause", "take weights", "deliver")
 _POLL_S = 0.5
 
 
@@ -232,19 +233,31 @@ class Transaction:
             what = f"weights of version {version}, phase {self._phase!r}: {error}"
             # In `prepare` no engine has a part: the export or the disk would fail again.
             if not is_last and self._phase != "prepare":
-                self._connected = []
-                await self._transport.abandon()
-                if self._phase == "connect":
-                    # The other ranks are in the export, whose collectives need this one.
-                    for _ in self._export():
-                        pass
-                lost = await engines.silent(self._recovery.answer_timeout_s)
-                _log.warning("%s. Lost engines: %s. Trying again", what, lost or "none")
-                await self._recovery.membership.lost(lost)
+                await self._let_go(engines, what)
                 return _AGAIN
             self._failed = what
             left = await self._after_failure(engines)
             raise WeightSyncError(f"{self._failed}. {left}") from error
+
+    async def _let_go(self, engines: Engines, what: str) -> None:
+        """After a failure that is told by `what`: make another attempt possible, without the lost.
+
+        Raises:
+            WeightSyncError: another rank of the trainer does not end its part.
+        """
+        self._connected = []
+        if self._phase in _UNDELIVERED:
+            try:
+                await self._transport.abandon(engines)
+            except WeightSyncError as error:
+                raise WeightSyncError(f"{what}. Then {error}") from error
+        if self._phase == "connect":
+            # The other ranks are in the export, whose collectives need this one.
+            for _ in self._export():
+                pass
+        lost = await engines.silent(self._recovery.answer_timeout_s)
+        _log.warning("%s. Lost engines: %s. Trying again", what, lost or "none")
+        await self._recovery.membership.lost(lost)
 
     async def _reach(self, engines: Engines) -> None:
         """Connect the transport to `engines`, unless that is how it is.

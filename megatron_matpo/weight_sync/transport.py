@@ -41,8 +41,12 @@ class Transport(Protocol):
         """
         ...
 
-    async def abandon(self) -> None:
-        """After a failure: let go of what is broken, and see the export to its end."""
+    async def abandon(self, engines: Engines) -> None:
+        """Let go of what is broken, and see the export to its end: `deliver` was not done.
+
+        Raises:
+            WeightSyncError: another rank does not end its part in time.
+        """
         ...
 
     async def close(self) -> None:

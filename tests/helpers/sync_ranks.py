@@ -1,12 +1,16 @@
-"""A function for gloo ranks: a trainer whose pipeline stages push to one more rank, the engine."""
+"""A function for gloo ranks: a trainer whose pipeline stages push to engines in other processes."""
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
 import time
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from functools import partial
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
@@ -25,42 +29,72 @@ from megatron_matpo.weight_sync.stages import LocalStage
 from megatron_matpo.weight_sync.transaction import Transaction
 from megatron_matpo.weight_sync.verify import Verifier
 from tests.helpers.dist import RankInfo
-from tests.helpers.gloo_engine import GlooEngine, engine_side
+from tests.helpers.gloo_engine import GlooEngine
+from tests.helpers.matpo import ROOT
 from tests.helpers.megatron_ranks import layout, make_actor
 
 BUCKET_BYTES = 8192
 CONTROL_S = 20.0
 
 
-class _RefusingEngine(GlooEngine):
-    """Takes the first stage's buckets and refuses the next one's."""
+class _Engine(GlooEngine):
+    """In a process of its own."""
+
+    def __init__(self, folder: Path, name: str, shape: EngineShape) -> None:
+        address = str(folder / name)
+        command = [sys.executable, "-m", "tests.helpers.gloo_engine", address]
+        self.process = subprocess.Popen(command, cwd=ROOT)
+        super().__init__(_connected(address), f"fake://{name}", shape)
+        self.refuses = False
+        """Buckets of the second stage."""
+        self.dies = ""
+        """In a bucket of stage `0` or `1`, or before it is to `verify`."""
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
 
     async def update_weights_from_distributed(self, **request: Any) -> None:
-        if request["group_name"].endswith("_1"):
+        stage = request["group_name"][-1]
+        if self.refuses and stage == "1":
             raise EngineRejected(f"{self.url}: no more")
+        if self.dies == stage:
+            self.end()
         await super().update_weights_from_distributed(**request)
+
+    async def weight_version(self, **_: Any) -> str:
+        if self.dies == "verify":
+            self.end()
+        await self.flush_cache()
+        return self.version
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def push_from_stages(
-    info: RankInfo, config: Config, folder: Path, port: int, timeout_s: float, failure: str
+    info: RankInfo,
+    config: Config,
+    folder: Path,
+    port: int,
+    timeout_s: float,
+    failure: str = "",
+    deaths: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """The last rank is the engine, the others train; two pushes with a change in between.
+    """Two pushes to one engine, with a change of the weights in between.
 
     Args:
         info: of this rank.
-        config: whose layout has a rank less than `info` says.
-        folder: for the socket between rank 0 and the engine.
+        config: the layout.
+        folder: for the sockets between rank 0 and the engines.
         port: where the groups meet.
         timeout_s: `weight_sync.timeout_s`.
         failure: `` (none), `refuses`: the engine does not take the second stage's tensors, or
-            `dies`: the second stage's sender fails in its export.
+            `export`: the second stage's sender fails in its export.
+        deaths: instead of the second push, one for each of these, tried again: as `_Engine.dies`,
+            or `before`: it is found dead when groups are formed. Each time another engine.
     """
-    num_trainers = info.world_size - 1
-    address = str(folder / "engine")
-    if info.rank == num_trainers:
-        _be_engine(address)
-        return {}
-    with layout(RankInfo(info.rank, num_trainers, info.port), config) as state:
+    with layout(info, config) as state, ExitStack() as stack:
         actor = make_actor(config, state)
         hf = HfModelConfig.from_folder(config.model.path)
         shape = EngineShape(1, hf.num_kv_heads, torch.float32, on_cpu=True)
@@ -81,19 +115,20 @@ def push_from_stages(
             others=others,
             follow=follow,
         )
-        engines = []
-        if state.rank == 0:
-            kind = _RefusingEngine if failure == "refuses" else GlooEngine
-            engines.append(kind(_connected(address), shape=shape))
+        engines: list[_Engine] = []
+        for number in range((1 + len(deaths) + ("before" in deaths)) * (state.rank == 0)):
+            engines.append(_Engine(folder, f"engine{number}", shape))
+            stack.callback(engines[-1].end)
 
         def lend():
             for number, item in enumerate(actor.lend(by_stage=True)):
-                if failure == "dies" and state.pp_rank == 1 and number == 3:
+                if failure == "export" and state.pp_rank == 1 and number == 3:
                     raise RuntimeError("no memory for a scripted reason")
                 yield item
 
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
         agree = partial(share_bytes, group=group, device=torch.device("cpu"))
+        membership = FixedMembership(len(engines))
         sync = Transaction(
             lend,
             engines,
@@ -101,30 +136,46 @@ def push_from_stages(
             verifier,
             timeout_s=timeout_s,
             start_timeout_s=60.0,
-            recovery=Recovery(FixedMembership(1), agree),
+            recovery=Recovery(membership, agree, retries=int(bool(deaths))),
         )
+        stack.callback(sync.close)
+        for engine in engines[:1]:
+            engine.refuses = failure == "refuses"
         started = time.monotonic()
         try:
-            return _pushes(sync, actor, engines)
+            return _pushes(sync, actor, engines, membership, deaths or ("",))
         except WeightSyncError as error:
             return {"error": str(error), "seconds": time.monotonic() - started}
-        finally:
-            if engines:
-                engines[0].pipe.send(None)
-            sync.close()
 
 
-def _pushes(sync: Transaction, actor: Any, engines: list[GlooEngine]) -> dict[str, Any]:
+def _pushes(
+    sync: Transaction,
+    actor: Any,
+    engines: list[_Engine],
+    membership: FixedMembership,
+    deaths: Sequence[str],
+) -> dict[str, Any]:
+    """What the first engine was given, which is what rank 0 exports."""
     sync.connect()
     result: dict[str, Any] = {"pushed": [], "exported": [], "groups": []}
-    for version in (1, 2):
+    left = list(engines)
+    for version, death in enumerate(("", *deaths), 1):
+        if left and death:
+            victim = left.pop()
+            victim.dies = death
+            if death == "before":
+                # Everybody knows of another one, so that groups are formed anew.
+                asyncio.run(membership.lost({engines.index(left.pop()): "a scripted reason"}))
+                victim.end()
         sync.push(version)
         exported = dict(actor.export())
         if engines:
+            assert [engine.version for engine in left] == [str(version)] * len(left)
             result["pushed"].append(dict(engines[0].weights))
             result["exported"].append({name: tensor.clone() for name, tensor in exported.items()})
             result["groups"].append([name[-1] for name in engines[0].groups])
             result["checked"] = sorted(sync._verifier.expected)
+            result["left"] = len(left)
             engines[0].groups.clear()
         with torch.no_grad():
             for model in actor._models:
@@ -133,14 +184,8 @@ def _pushes(sync: Transaction, actor: Any, engines: list[GlooEngine]) -> dict[st
     return result
 
 
-def _be_engine(address: str) -> None:
-    with Listener(address, "AF_UNIX") as listener, listener.accept() as pipe:  # noqa: SIM117
-        with suppress(RuntimeError):  # its sender is gone
-            engine_side(pipe)
-
-
 def _connected(address: str) -> Connection:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             return Client(address, "AF_UNIX")

@@ -20,8 +20,7 @@ STAGES = ParallelConfig(pipeline=2)
     [
         ({}, 2, 3),
         ({"cluster": SHARED}, 0, 0),
-        ({"parallel": STAGES}, 0, 3),
-        ({"parallel": STAGES, "weight_sync": WeightSyncConfig(retries=2, transport="disk")}, 2, 3),
+        ({"parallel": STAGES}, 2, 3),
         ({"weight_sync": WeightSyncConfig(retries=2, transport="none")}, 2, 0),
     ],
 )

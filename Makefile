@@ -8,10 +8,11 @@ setup:
 quickstart: setup
 	.venv/bin/matpo train recipes/quickstart.yaml
 
-# Two workers, because real runs wait for each other's processes as much as they compute.
+# Two workers, because real runs wait for each other's processes as much as they compute. A file stays
+# together: its tests share servers.
 test: lint
 	.venv/bin/python -m pytest -m "not gpu and not sweep and not slurm" \
-		-n 2 --dist loadgroup --no-loadscope-reorder
+		-n 2 --dist loadfile --no-loadscope-reorder
 
 # Jobs on a real Slurm of two nodes on this machine: as root, with Debian's slurm-wlm and munge.
 slurm: setup

@@ -1,4 +1,4 @@
-"""How the tests are shared out to two workers, and how a session ends."""
+"""How the whole test session ends."""
 
 from __future__ import annotations
 
@@ -8,17 +8,6 @@ import sys
 import pytest
 
 _STATUS = pytest.StashKey[int]()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For `--dist loadgroup`: a file is one worker's, and so are all files that use `live_run`.
-
-    Servers and runs that are shared by tests are started once then.
-    """
-    users = {item.path for item in items if "live_run" in getattr(item, "fixturenames", ())}
-    for item in items:
-        group = "live_run" if item.path in users else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

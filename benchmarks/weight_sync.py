@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=1536)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--pushes", type=int, default=5)
-    parser.add_argument("--bucket-mb", type=int, default=512)
+    parser.add_argument("--bucket-mb", type=int, default=256)
     parser.add_argument("--servers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--transports", nargs="+", default=["broadcast", "ipc", "disk"])
     parser.add_argument("--verify", choices=("full", "sample", "version"), default="sample")

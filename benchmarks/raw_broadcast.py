@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from megatron_matpo.weight_sync.group import form_group
 
 _LIMIT_S = 300.0

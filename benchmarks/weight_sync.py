@@ -48,9 +48,9 @@ from torch import Tensor  # noqa: E402
 from benchmarks.raw_broadcast import RawBroadcast  # noqa: E402
 from megatron_matpo.config.hf_model import HfModelConfig  # noqa: E402
 from megatron_matpo.errors import EngineError  # noqa: E402
-from megatron_matpo.launch.ports import free_ports  # noqa: E402
 from megatron_matpo.megatron.hf_io import write_hf_folder  # noqa: E402
 from megatron_matpo.megatron.mapping import hf_shapes  # noqa: E402
+from megatron_matpo.ports import free_ports  # noqa: E402
 from megatron_matpo.rollout.engine_command import KEEP_FREED_MEMORY  # noqa: E402
 from megatron_matpo.rollout.generation import SamplingParams  # noqa: E402
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport  # noqa: E402

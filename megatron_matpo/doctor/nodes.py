@@ -14,7 +14,7 @@ from megatron_matpo.doctor.meeting import Host, Link, Message, Peer, PeerLostErr
 from megatron_matpo.doctor.network import own_addresses
 from megatron_matpo.errors import ConfigError, DeadlineError
 from megatron_matpo.launch.nodes import Node
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 
 _NUM_PINGS = 5
 Clock = Callable[[], float]

@@ -16,12 +16,12 @@ from megatron_matpo.launch.console import Console, View
 from megatron_matpo.launch.guard import run_guarded
 from megatron_matpo.launch.meeting import Meeting
 from megatron_matpo.launch.nodes import Node, address_of, check_nodes, this_node
-from megatron_matpo.launch.ports import free_ports
 from megatron_matpo.launch.preflight import collect_problems
 from megatron_matpo.launch.roles import plan_roles
 from megatron_matpo.launch.run_folder import CONFIG_FILE, PLAN_FILE, RunFolder
 from megatron_matpo.launch.run_secrets import RunSecrets
 from megatron_matpo.launch.supervisor import Limits, Supervisor
+from megatron_matpo.ports import free_ports
 
 
 @dataclass(frozen=True)

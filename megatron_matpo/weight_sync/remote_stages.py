@@ -134,7 +134,7 @@ class RemoteStage:
 
     async def _read(self) -> dict[str, Any]:
         if self._reading is None:
-            self._reading = self._channel.receive()
+            self._reading = take_error(self._channel.receive())
         try:
             answer = await asyncio.shield(self._reading)
         except RuntimeError as error:

@@ -25,6 +25,7 @@ ORDER = [
         "planning",
         "simulation",
         "cache",
+        "ports",
         "obs",
         "checkpoint_files",
         "algo",

@@ -28,6 +28,7 @@ def test_engines_hold_every_stages_weights_bit_for_bit(
     config = tiny_config(make_tiny_model(tmp_path / "model", tied=tied), tp=tp, pp=2)
     results = ranks.run(push_from_stages, 2 * tp, config, tmp_path, free_port(), 60.0)
     lead = results[0]
+    assert "error" not in lead, lead
     for pushed, exported in zip(lead["pushed"], lead["exported"], strict=True):
         assert set(pushed) == set(exported)
         assert ("lm_head.weight" in pushed) is not tied

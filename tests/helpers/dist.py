@@ -11,7 +11,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -19,6 +18,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
+
+from megatron_matpo.ports import free_ports
 
 _POLL_S = 0.05
 
@@ -33,10 +34,8 @@ class RankInfo:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of the loopback that nobody will take before it is used."""
+    return free_ports("127.0.0.1", 1)[0]
 
 
 def _serve(connection: Connection) -> None:

@@ -12,23 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_matpo.config.tools import McpServerConfig
+from megatron_matpo.ports import free_ports
 
 _FOLDER = Path(__file__).parents[1] / "unit" / "mcp_tools"
 SDK = str(_FOLDER / "http_server.py")
 ROGUE_HTTP = str(_FOLDER / "rogue_http_server.py")
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 class HttpServer:
     """A server process at one port; it can be killed and started again."""
 
     def __init__(self, script: str, *arguments: str, **env: str) -> None:
-        self.port = free_port()
+        self.port = free_ports("127.0.0.1", 1)[0]
         self._command = [sys.executable, script, str(self.port), *arguments]
         self._env = os.environ | env
         self._process: subprocess.Popen[bytes] | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from megatron_matpo.rollout.engine_client import EngineClient
 from megatron_matpo.rollout.engine_command import EngineSpec, engine_command
 

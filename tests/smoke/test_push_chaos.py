@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_matpo.errors import EngineError
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.types import PolicyVersion
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport

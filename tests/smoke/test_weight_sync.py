@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_matpo.errors import EngineError, EngineTimeout, WeightSyncError
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from megatron_matpo.rollout.generation import Generation, SamplingParams
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.disk import DiskTransport

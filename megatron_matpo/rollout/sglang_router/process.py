@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +17,7 @@ from typing import Any, cast
 import orjson
 
 from megatron_matpo.errors import EngineError, EngineTimeout, EngineUnreachable
+from megatron_matpo.ports import free_ports
 from megatron_matpo.rollout.engine_http import EngineHttp
 
 SERVE = Path(__file__).with_name("serve.py")
@@ -75,7 +75,7 @@ async def sglang_router(
         EngineUnreachable: it ended at once; `log` says why.
         EngineTimeout: it does not answer inside `start_timeout_s` (`run.start_timeout_s`).
     """
-    ports = _free_ports(host)
+    ports = free_ports(host, 2)
     argv = [python, str(SERVE), host, *map(str, ports), str(os.getpid())]
     with log.open("ab") as sink:
         process = await asyncio.create_subprocess_exec(
@@ -116,12 +116,3 @@ async def _wait_until_it_answers(
                     f"see {log}"
                 ) from error
         await asyncio.sleep(_POLL_S)
-
-
-def _free_ports(host: str) -> list[int]:
-    """Two ports that are free now."""
-    sockets = [socket.create_server((host, 0)) for _ in range(2)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -18,7 +18,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from aiohttp.test_utils import unused_port
 
 from megatron_matpo import wire
 from megatron_matpo.config.evaluation import EvalConfig
@@ -27,6 +26,7 @@ from megatron_matpo.config.run import ObsConfig
 from megatron_matpo.data.dataset import read_questions
 from megatron_matpo.errors import EngineRejected, RolloutError
 from megatron_matpo.evaluation.main import Evaluation
+from megatron_matpo.ports import free_ports
 from megatron_matpo.rollout.client import ManagerClient
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.rollout.fleet import Fleet
@@ -72,7 +72,7 @@ class Policy:
 @contextmanager
 def manager(config: Config, policy: Policy) -> Iterator[ManagerClient]:
     """A real manager on a port of its own, in a thread."""
-    port, loop = unused_port(), asyncio.new_event_loop()
+    port, loop = free_ports("127.0.0.1", 1)[0], asyncio.new_event_loop()
     questions = {name: read_questions(path) for name, path in config.eval.named_sets.items()}
     server = ManagerServer(TOKEN)
 

@@ -17,7 +17,7 @@ from megatron_matpo.config import Config, dump_config
 from megatron_matpo.config.plan import num_ports
 from megatron_matpo.config.train import ParallelConfig
 from megatron_matpo.launch.origin import Death, find_origin
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from tests.helpers.plans import lone_plan
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

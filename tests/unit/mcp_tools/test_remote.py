@@ -16,7 +16,8 @@ from megatron_matpo.agents.tools import ToolReply
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.errors import ToolError
 from megatron_matpo.mcp_tools.pool import McpToolBox
-from tests.helpers.http_servers import SDK, HttpServer, free_port, http_server
+from megatron_matpo.ports import free_ports
+from tests.helpers.http_servers import SDK, HttpServer, http_server
 from tests.helpers.rogue import rogue, with_box
 
 
@@ -88,7 +89,7 @@ def test_headers_carry_secrets_which_go_nowhere_else(
 
 def test_a_server_that_is_not_there_is_named(tmp_path: Path) -> None:
     async def run() -> None:
-        config = McpServerConfig(url=f"http://127.0.0.1:{free_port()}/mcp")
+        config = McpServerConfig(url=f"http://127.0.0.1:{free_ports('127.0.0.1', 1)[0]}/mcp")
         with pytest.raises(ToolError, match=r"'web' .* did not start: it cannot be reached"):
             await McpToolBox(ToolsConfig({"web": config}), tmp_path).start()
         assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []

@@ -14,11 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from aiohttp.test_utils import unused_port
 
 from megatron_matpo import wire
 from megatron_matpo.config.reward import JudgeConfig, RewardConfig
 from megatron_matpo.config.tools import CacheConfig
+from megatron_matpo.ports import free_ports
 from tests.helpers.fake_judge import KEY, FakeJudge
 from tests.unit.rollout import test_manager_process as process
 
@@ -56,7 +56,7 @@ def test_a_judged_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             reward=RewardConfig(grader="judge", judge=judge),
             tools=replace(config.tools, cache=CacheConfig(mode="read_write")),
         )
-        run_dir, plan = process._write_run(config, unused_port())
+        run_dir, plan = process._write_run(config, free_ports("127.0.0.1", 1)[0])
         status, body, log, code = process._collect((run_dir, plan), version=0, asked=0)
     assert (status, code) == (200, 0), log
     batch = wire.decode(body)

@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 import pytest
 from aiohttp import ClientSession, web
-from aiohttp.test_utils import unused_port
 
 from megatron_matpo import wire
 from megatron_matpo.config import Config, dump_config
@@ -30,6 +29,7 @@ from megatron_matpo.config.data import DataConfig
 from megatron_matpo.config.plan import EnginePlace, Plan
 from megatron_matpo.config.tools import McpServerConfig, ToolsConfig
 from megatron_matpo.config.train import ModelConfig
+from megatron_matpo.ports import free_ports
 from tests.helpers.rollouts import CHATML, byte_tokenizer, call, make_config, make_tokenizer
 from tests.unit.data.test_dataset import row, write
 
@@ -83,7 +83,7 @@ def _write_run(config: Config, engine_port: int) -> tuple[Path, Plan]:
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True)
     place = EnginePlace(0, 0, "127.0.0.1", engine_port, 0, ())
-    plan = Plan(("127.0.0.1",), 0, (1,), unused_port(), 0, (place,))
+    plan = Plan(("127.0.0.1",), 0, (1,), free_ports("127.0.0.1", 1)[0], 0, (place,))
     (run_dir / "config.yaml").write_text(dump_config(config))
     (run_dir / "plan.json").write_text(plan.to_json())
     return run_dir, plan
@@ -91,7 +91,7 @@ def _write_run(config: Config, engine_port: int) -> tuple[Path, Plan]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[tuple[Path, Plan]]:
-    yield _write_run(_config(tmp_path), unused_port())
+    yield _write_run(_config(tmp_path), free_ports("127.0.0.1", 1)[0])
 
 
 def _start(run_dir: Path, env: dict[str, str] = ENV) -> subprocess.Popen[str]:
@@ -241,7 +241,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, change: str, words: str, code
         config = replace(config, tools=ToolsConfig(servers={SERVER: broken}))
     if change == "data":
         config = replace(config, data=replace(config.data, train="nowhere.parquet"))
-    run_dir, plan = _write_run(config, unused_port())
+    run_dir, plan = _write_run(config, free_ports("127.0.0.1", 1)[0])
     if change == "config":
         (run_dir / "config.yaml").unlink()
     if change == "port":

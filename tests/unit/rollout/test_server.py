@@ -11,11 +11,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp.test_utils import unused_port
 
 from megatron_matpo import wire
 from megatron_matpo.config.rollout import HealthConfig
 from megatron_matpo.errors import RolloutError
+from megatron_matpo.ports import free_ports
 from megatron_matpo.rollout.collect import RolloutManager
 from megatron_matpo.rollout.fleet import Fleet
 from megatron_matpo.rollout.health import Event
@@ -43,7 +43,7 @@ def serve(
     fleet: Fleet | None = None,
 ) -> None:
     async def run() -> None:
-        server, port = ManagerServer(TOKEN), unused_port()
+        server, port = ManagerServer(TOKEN), free_ports("127.0.0.1", 1)[0]
         await server.start("127.0.0.1", port)
         if collector is not None:
             server.set_ready(collector, fleet or Fleet.unwatched(["http://a"]), "1 question")

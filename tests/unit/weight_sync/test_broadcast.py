@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_matpo.errors import EngineRejected, EngineUnreachable, WeightSyncError
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.transaction import Transaction
 from megatron_matpo.weight_sync.verify import Verifier

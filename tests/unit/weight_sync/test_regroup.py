@@ -13,7 +13,7 @@ import signal
 import pytest
 import torch
 
-from megatron_matpo.launch.ports import free_ports
+from megatron_matpo.ports import free_ports
 from megatron_matpo.weight_sync.broadcast import BroadcastTransport
 from megatron_matpo.weight_sync.membership import FixedMembership, Member, Recovery, Which
 from megatron_matpo.weight_sync.transaction import Transaction

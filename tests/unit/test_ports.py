@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from megatron_matpo import ports
 from megatron_matpo.errors import MatpoError
-from megatron_matpo.launch import ports
 
 HOST = "127.0.0.1"
 
@@ -32,7 +32,7 @@ def test_free_ports_are_distinct_and_can_be_bound():
 
 def test_processes_that_choose_at_the_same_time_get_different_ports():
     code = (
-        "import random, sys; from megatron_matpo.launch import ports; "
+        "import random, sys; from megatron_matpo import ports; "
         # The same sequence of guesses in every process: only the locks can keep them apart.
         "ports.random.SystemRandom = lambda generator=random.Random(1): generator; "
         "print(*ports.free_ports('127.0.0.1', 5), flush=True); sys.stdin.read()"
@@ -52,7 +52,7 @@ def test_processes_that_choose_at_the_same_time_get_different_ports():
 def test_ports_are_free_again_when_the_process_has_ended():
     base = ports.free_ports(HOST, 1)[0]
     ports._release(base)
-    code = f"from megatron_matpo.launch import ports; ports.free_ports('{HOST}', 1, {base})"
+    code = f"from megatron_matpo import ports; ports.free_ports('{HOST}', 1, {base})"
     for _ in range(2):
         subprocess.run([sys.executable, "-c", code], check=True, timeout=10)
 
